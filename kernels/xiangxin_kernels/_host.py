@@ -1,0 +1,52 @@
+"""Host-side plumbing shared by the kernel files: op registration and argument checks. No device code."""
+
+import inspect
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+_library = torch.library.Library("xiangxin", "DEF")
+
+
+def use_triton(x: Tensor) -> bool:
+    """True where the Triton kernels run: on CUDA tensors, and on any tensor under TRITON_INTERPRET=1."""
+    return x.is_cuda or INTERPRET
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises ValueError(message) unless `condition`; messages read "op: expected ..., got ..."."""
+    if not condition:
+        raise ValueError(message)
+
+
+def kernel_op(*, mutates: tuple[str, ...]) -> Callable:
+    """Registers a launcher `_name(tensors..., numbers...) -> None` as the op `xiangxin::name` and returns the op.
+
+    The launcher writes only the arguments in `mutates`; since it returns nothing, the fake implementation is a no-op.
+    It must have no default values: the dispatcher drops arguments equal to their default. `define`/`impl` ops do not
+    bump the version counter of what they write, without which autograd cannot see a saved tensor overwritten.
+    """
+
+    def register(launch: Callable) -> Callable:
+        name = launch.__name__.lstrip("_")
+        parameters = inspect.signature(launch).parameters
+        assert all(p.default is p.empty for p in parameters.values()), f"{name}: launchers take no default values"
+        written = [list(parameters).index(argument) for argument in mutates]
+
+        def run(*arguments) -> None:
+            launch(*arguments)
+            for i in written:
+                if arguments[i] is not None and not arguments[i].is_inference():
+                    torch.autograd.graph.increment_version(arguments[i])
+
+        _library.define(name + torch.library.infer_schema(launch, mutates_args=mutates))
+        for key in ("CPU", "CUDA"):
+            _library.impl(name, run, key)
+        torch.library.register_fake(f"xiangxin::{name}", lambda *arguments: None, lib=_library)
+        return getattr(torch.ops.xiangxin, name).default
+
+    return register
