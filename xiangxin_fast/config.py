@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from .errors import InputError
+
 
 @dataclass(frozen=True)
 class PhiConfig:
@@ -24,11 +26,11 @@ class PhiConfig:
     def __post_init__(self):
         for name in ("vocab", "channels", "layers", "heads", "mlp_hidden", "context"):
             if getattr(self, name) < 1:
-                raise ValueError(f"config: expected {name} >= 1, got {getattr(self, name)}")
+                raise InputError(f"config: expected {name} >= 1, got {getattr(self, name)}")
         if self.channels % self.heads:
-            raise ValueError(f"config: expected channels divisible by {self.heads} heads, got {self.channels}")
+            raise InputError(f"config: expected channels divisible by {self.heads} heads, got {self.channels}")
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
-            raise ValueError(f"config: expected an even rotary_dim in 2..{self.head_dim}, got {self.rotary_dim}")
+            raise InputError(f"config: expected an even rotary_dim in 2..{self.head_dim}, got {self.rotary_dim}")
 
     @property
     def head_dim(self) -> int:  # D
@@ -43,9 +45,9 @@ class PhiConfig:
 
     @staticmethod
     def from_preset(name: str) -> "PhiConfig":
-        """The preset called `name`; ValueError names the known ones."""
+        """The preset called `name`; InputError names the known ones."""
         if name not in PRESETS:
-            raise ValueError(f"config: expected a preset of {', '.join(PRESETS)}, got {name!r}")
+            raise InputError(f"config: expected a preset of {', '.join(PRESETS)}, got {name!r}")
         return PRESETS[name]
 
 

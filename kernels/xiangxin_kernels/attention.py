@@ -53,7 +53,9 @@ def attention_ref(
         k = rotate_half_ref(k, cos[:S], sin[:S])
     scores = torch.einsum("bthd,bshd->bhts", q, k) * (scale or q.shape[-1] ** -0.5)
     scores = scores.masked_fill(~visible_keys(T, S, q_start, segment_ids, q.device), float("-inf"))
-    return torch.einsum("bhts,bshd->bthd", scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype), v)
+    return torch.einsum(
+        "bhts,bshd->bthd", scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype), v
+    )
 
 
 def _attention_cpu(q, k, v, cos, sin, scale, segment_ids, q_start) -> Tensor:
@@ -86,6 +88,9 @@ def attention(
     Raises ValueError naming the argument whose shape does not fit.
     """
     B, T, H, D = q.shape
-    check(k.shape == v.shape and k.shape[::2] == (B, H) and k.shape[3] == D, f"attention: expected k, v [{B}, S, {H}, {D}], got {list(k.shape)} and {list(v.shape)}")
+    check(
+        k.shape == v.shape and k.shape[::2] == (B, H) and k.shape[3] == D,
+        f"attention: expected k, v [{B}, S, {H}, {D}], got {list(k.shape)} and {list(v.shape)}",
+    )
     check(k.shape[1] >= q_start + T, f"attention: expected at least {q_start + T} keys, got {k.shape[1]}")
     return _attention_cpu(q, k, v, cos, sin, scale, segment_ids, q_start)

@@ -25,14 +25,26 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100, 
 
 
 def linear_cross_entropy_ref(
-    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
 ) -> Tensor:
     """The specification: the logits, then `cross_entropy_ref`."""
     return cross_entropy_ref(F.linear(x, weight, bias), targets, ignore_index=ignore_index, reduction=reduction)
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
 ) -> Tensor:
     """Cross-entropy of x [N, C] projected by weight [V, C], bias [V]: a scalar, or [N] with reduction="none"."""
     return linear_cross_entropy_ref(x, weight, bias, targets, ignore_index=ignore_index, reduction=reduction)

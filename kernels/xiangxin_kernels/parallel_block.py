@@ -40,7 +40,9 @@ def split_projection(p: Tensor, C: int, heads: int, cos: Tensor, sin: Tensor) ->
     return q, k, v.unflatten(-1, (heads, D)), h
 
 
-def parallel_block_ref(x, ln_w, ln_b, w_in, b_in, w_out, b_out, cos, sin, *, heads, eps=1e-5, segment_ids=None) -> Tensor:
+def parallel_block_ref(
+    x, ln_w, ln_b, w_in, b_in, w_out, b_out, cos, sin, *, heads, eps=1e-5, segment_ids=None
+) -> Tensor:
     """The specification, in the dtype of `x`. Shapes as in the module's docstring."""
     T, C = x.shape[1:]
     p = F.linear(layer_norm_ref(x, ln_w, ln_b, eps), w_in, b_in)

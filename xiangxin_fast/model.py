@@ -1,0 +1,99 @@
+"""Phi: the model, built on the front door of xiangxin_kernels, with fused weights."""
+
+import torch
+from torch import Tensor, nn
+from xiangxin_kernels import layer_norm, linear_cross_entropy, parallel_block
+
+from .config import PhiConfig
+from .kv_cache import KVCache
+
+
+class Block(nn.Module):
+    """The fused weights of one layer; `parallel_block` tells their layout."""
+
+    def __init__(self, config: PhiConfig, device=None, dtype=None):
+        super().__init__()
+        C, F = config.channels, config.mlp_hidden
+        self.heads, self.eps = config.heads, config.eps
+
+        def empty(*shape):
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.ln_w, self.ln_b = empty(C), empty(C)
+        self.w_in, self.b_in = empty(3 * C + F, C), empty(3 * C + F)
+        self.w_out, self.b_out = empty(C, C + F), empty(2, C)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segment_ids=None, cache=None, q_start: int = 0) -> Tensor:
+        return parallel_block(
+            x, self.ln_w, self.ln_b, self.w_in, self.b_in, self.w_out, self.b_out, cos, sin,
+            heads=self.heads, eps=self.eps, segment_ids=segment_ids, cache=cache, q_start=q_start,
+        )  # fmt: skip
+
+
+class Phi(nn.Module):
+    """Phi-2's architecture. Weights are uninitialised until `init_weights` or a checkpoint fills them."""
+
+    def __init__(self, config: PhiConfig, device=None, dtype=None):
+        super().__init__()
+        self.config = config
+        V, C = config.vocab, config.channels
+
+        def empty(*shape):
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.embed = empty(V, C)
+        self.blocks = nn.ModuleList(Block(config, device, dtype) for _ in range(config.layers))
+        self.ln_w, self.ln_b = empty(C), empty(C)
+        self.head_w = self.embed if config.tied_head else empty(V, C)
+        self.head_b = empty(V)
+        self._rotary: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def init_weights(self, seed: int = 0) -> "Phi":
+        """Normal(0, init_std) matrices, zero biases, unit LayerNorms; the same for a seed on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("ln_w"):
+                nn.init.ones_(parameter)
+            elif name.rsplit(".")[-1] in ("ln_b", "b_in", "b_out", "head_b"):
+                nn.init.zeros_(parameter)
+            else:
+                values = torch.empty(parameter.shape).normal_(0, self.config.init_std, generator=generator)
+                parameter.data.copy_(values)
+        return self
+
+    def rotary(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos, sin [context, R/2] in fp32, from angles in fp64; kept out of the module's buffers, which casts would touch."""
+        if device not in self._rotary:
+            R = self.config.rotary_dim
+            frequencies = self.config.rope_theta ** (-torch.arange(0, R, 2, dtype=torch.float64) / R)
+            angles = torch.outer(torch.arange(self.config.context, dtype=torch.float64), frequencies)
+            self._rotary[device] = (angles.cos().float().to(device), angles.sin().float().to(device))
+        return self._rotary[device]
+
+    def hidden(self, tokens: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+        """tokens [B, T] -> the final LayerNorm's output [B, T, C]."""
+        x = self.embed[tokens]
+        cos, sin = self.rotary(x.device)
+        for block in self.blocks:
+            x = block(x, cos, sin, segment_ids)
+        return layer_norm(x, self.ln_w, self.ln_b, self.config.eps)
+
+    def forward(self, tokens: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+        """tokens [B, T] -> logits [B, T, V]."""
+        return nn.functional.linear(self.hidden(tokens, segment_ids), self.head_w, self.head_b)
+
+    def loss(
+        self, tokens: Tensor, targets: Tensor, segment_ids: Tensor | None = None, *, reduction: str = "mean"
+    ) -> Tensor:
+        """Cross-entropy of tokens [B, T] against targets [B, T] (already shifted, -100 ignored): mean or sum over valid."""
+        x = self.hidden(tokens, segment_ids).flatten(0, 1)
+        return linear_cross_entropy(x, self.head_w, self.head_b, targets.flatten(), reduction=reduction)
+
+    def prefill(self, tokens: Tensor, cache: KVCache, q_start: int = 0) -> Tensor:
+        """Runs tokens [B, T] at positions q_start.. through the cache; logits [B, V] of the last of them."""
+        x = self.embed[tokens]
+        cos, sin = self.rotary(x.device)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cos, sin, cache=(cache.k[layer], cache.v[layer]), q_start=q_start)
+        x = layer_norm(x[:, -1], self.ln_w, self.ln_b, self.config.eps)
+        return nn.functional.linear(x, self.head_w, self.head_b)
