@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRET:
+    from . import _interpret  # noqa: F401 (patches Triton's interpreter)
 
 _library = torch.library.Library("xiangxin", "DEF")
 
