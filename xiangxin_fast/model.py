@@ -5,7 +5,19 @@ from torch import Tensor, nn
 from xiangxin_kernels import layer_norm, linear_cross_entropy, parallel_block
 
 from .config import PhiConfig
+from .errors import InputError
 from .kv_cache import KVCache
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """What `dtype=None` means: bf16 on a GPU; on a CPU fp32."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def refuse_fp16(dtype: torch.dtype) -> None:
+    """Raises InputError for fp16, whose range (65,504) the attention scores of trained Phi models leave."""
+    if dtype == torch.float16:
+        raise InputError("Phi: expected bf16 or fp32 to compute in, got fp16, in which Phi's attention overflows")
 
 
 class Block(nn.Module):
@@ -62,18 +74,31 @@ class Phi(nn.Module):
         return self
 
     def rotary(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos, sin [context, R/2] in fp32, from angles in fp64; kept out of the module's buffers, which casts would touch."""
+        """cos, sin [context, R/2] in fp32, from angles in fp64; not buffers of the module, which casts would touch."""
         if device not in self._rotary:
-            R = self.config.rotary_dim
-            frequencies = self.config.rope_theta ** (-torch.arange(0, R, 2, dtype=torch.float64) / R)
-            angles = torch.outer(torch.arange(self.config.context, dtype=torch.float64), frequencies)
-            self._rotary[device] = (angles.cos().float().to(device), angles.sin().float().to(device))
+            # Tables born in inference mode could never be saved for a backward.
+            with torch.inference_mode(False):
+                R = self.config.rotary_dim
+                exponents = torch.arange(0, R, 2, dtype=torch.float64, device="cpu") / R
+                positions = torch.arange(self.config.context, dtype=torch.float64, device="cpu")
+                angles = torch.outer(positions, self.config.rope_theta**-exponents)
+                self._rotary[device] = (angles.cos().float().to(device), angles.sin().float().to(device))
         return self._rotary[device]
+
+    def embedded(self, tokens: Tensor, q_start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """tokens [B, T] at positions q_start.. -> x [B, T, C], cos, sin. InputError past the context and in fp16."""
+        if q_start + tokens.shape[1] > self.config.context:
+            raise InputError(
+                f"Phi: expected at most {self.config.context} positions, got {q_start + tokens.shape[1]} tokens"
+            )
+        device = self.embed.device
+        autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+        refuse_fp16(torch.get_autocast_dtype(device.type) if autocast else self.embed.dtype)
+        return nn.functional.embedding(tokens, self.embed), *self.rotary(device)
 
     def hidden(self, tokens: Tensor, segment_ids: Tensor | None = None) -> Tensor:
         """tokens [B, T] -> the final LayerNorm's output [B, T, C]."""
-        x = self.embed[tokens]
-        cos, sin = self.rotary(x.device)
+        x, cos, sin = self.embedded(tokens)
         for block in self.blocks:
             x = block(x, cos, sin, segment_ids)
         return layer_norm(x, self.ln_w, self.ln_b, self.config.eps)
@@ -85,14 +110,13 @@ class Phi(nn.Module):
     def loss(
         self, tokens: Tensor, targets: Tensor, segment_ids: Tensor | None = None, *, reduction: str = "mean"
     ) -> Tensor:
-        """Cross-entropy of tokens [B, T] against targets [B, T] (already shifted, -100 ignored): mean or sum over valid."""
+        """Cross-entropy of tokens [B, T] against targets [B, T] (already shifted, -100 ignored): mean or sum."""
         x = self.hidden(tokens, segment_ids).flatten(0, 1)
         return linear_cross_entropy(x, self.head_w, self.head_b, targets.flatten(), reduction=reduction)
 
     def prefill(self, tokens: Tensor, cache: KVCache, q_start: int = 0) -> Tensor:
         """Runs tokens [B, T] at positions q_start.. through the cache; logits [B, V] of the last of them."""
-        x = self.embed[tokens]
-        cos, sin = self.rotary(x.device)
+        x, cos, sin = self.embedded(tokens, q_start)
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, cache=(cache.k[layer], cache.v[layer]), q_start=q_start)
         x = layer_norm(x[:, -1], self.ln_w, self.ln_b, self.config.eps)
