@@ -1,0 +1,180 @@
+"""The numerics rule of every kernel, in one place, and the driver that holds an op to it.
+
+An op's error against fp64 is at most twice that of the reference run in the op's own dtype on the same inputs, plus a
+floor: one ulp at |exact|max for the largest error, a quarter ulp at the RMS of exact for the RMS error, and for the signed
+mean four standard errors (4 RMS / sqrt(n), RMS that of the larger error). Where fp64, rounded to the dtype, is infinite
+or NaN the op must be so too, and nowhere else.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How close one tensor came to the limit: `ratio` = measured / allowed for the criterion nearest to it."""
+
+    what: str
+    dtype: str
+    ratio: float
+    criterion: str
+    where: str
+
+
+# The worst finding of each (op, dtype) of this process; conftest.py prints them below the tests.
+worst: dict[tuple[str, str], Finding] = {}
+
+
+def record(finding: Finding) -> None:
+    """Keeps `finding` if it is the worst of its op and dtype."""
+    key = (finding.what.split(".")[0], finding.dtype)
+    if key not in worst or not finding.ratio <= worst[key].ratio:
+        worst[key] = finding
+
+
+def ulp(dtype: torch.dtype, magnitude: float) -> float:
+    """The distance between neighbouring numbers of `dtype` at `magnitude`."""
+    info = torch.finfo(dtype)
+    return info.eps * max(2.0 ** math.floor(math.log2(magnitude)) if magnitude > 0 else 0.0, info.tiny)
+
+
+def _largest(error: Tensor) -> float:
+    return error.abs().max().item()
+
+
+def _rms(error: Tensor) -> float:
+    return error.square().mean().sqrt().item()
+
+
+def _position(error: Tensor, inside: Tensor) -> str:
+    """The index of the largest error; `error` holds the elements of the mask `inside` alone."""
+    flat = inside.flatten().nonzero().flatten()[error.abs().argmax()]
+    return str([int(i) for i in torch.unravel_index(flat, inside.shape)])
+
+
+def assert_no_worse_than_torch(actual: Tensor, same_dtype: Tensor, exact: Tensor, *, what: str) -> None:
+    """Holds `actual` to the rule, given the reference in the same dtype and in fp64; `what` names it: "op.tensor"."""
+    dtype = str(actual.dtype).removeprefix("torch.")
+    assert exact.dtype == torch.float64, f"{what}: the exact reference must be fp64, got {exact.dtype}"
+    assert actual.shape == exact.shape, f"{what}: expected shape {list(exact.shape)}, got {list(actual.shape)}"
+    assert actual.dtype == same_dtype.dtype, f"{what}: expected {same_dtype.dtype}, got {actual.dtype}"
+
+    expected = exact.to(actual.dtype)
+    finite = expected.isfinite()
+    special = {"rtol": 0, "atol": 0, "equal_nan": True, "msg": lambda message: f"{what}: infinite or NaN: {message}"}
+    torch.testing.assert_close(actual[~finite], expected[~finite], **special)
+    wrong = finite & ~actual.isfinite()
+    assert not wrong.any(), f"{what}: not finite at {wrong.nonzero()[0].tolist()} ({int(wrong.sum())} elements)"
+    if not finite.any():
+        return
+
+    truth = exact[finite]
+    error = actual.double()[finite] - truth
+    # A reference that overflows where the exact result does not is no excuse for ours to be wrong there.
+    torch_error = (same_dtype.double() - exact)[finite & same_dtype.isfinite()]
+    torch_error = torch_error if torch_error.numel() else torch.zeros(1, dtype=torch.float64, device=truth.device)
+    scatter = max(_rms(error), _rms(torch_error)) / math.sqrt(error.numel())
+    criteria = {
+        "max": (_largest(error), 2 * _largest(torch_error) + ulp(actual.dtype, _largest(truth))),
+        "RMS": (_rms(error), 2 * _rms(torch_error) + 0.25 * ulp(actual.dtype, _rms(truth))),
+        "mean": (abs(error.mean().item()), 2 * abs(torch_error.mean().item()) + 4 * scatter),
+    }
+    ratios = {name: measured / allowed if measured else 0.0 for name, (measured, allowed) in criteria.items()}
+    criterion = max(ratios, key=ratios.__getitem__)
+    where = _position(error, finite)
+    record(Finding(what, dtype, ratios[criterion], criterion, where))
+    for name, (measured, allowed) in criteria.items():
+        assert measured <= allowed, f"{what} ({dtype}): {name} error {measured:.3e} > {allowed:.3e}, largest at {where}"
+
+
+def lay_out(values: Tensor, layout: str) -> Tensor:
+    """`values` with strides that autograd may hand to a backward; the "expanded" ones repeat some of the values."""
+    if values.dim() == 0:
+        return values
+    if layout == "transposed":
+        if values.dim() == 1:
+            return torch.stack([values, values], dim=-1)[:, 0]
+        return values.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "narrow":
+        return torch.cat([values, values], dim=-1).narrow(-1, values.shape[-1], values.shape[-1])
+    if layout == "offset":
+        return torch.cat([values.new_zeros(1), values.flatten()])[1:].view(values.shape)
+    if layout == "expanded":
+        return values.new_full((), 0.375).expand(values.shape)
+    if layout == "expanded_rows":
+        return values[:1].expand(values.shape)
+    assert layout == "contiguous", layout
+    return values
+
+
+DOUT_LAYOUTS = ("contiguous", "transposed", "narrow", "offset", "expanded", "expanded_rows")
+
+
+def run_with_grads(
+    op: Callable, inputs: dict[str, Any], wrt: Iterable[str], douts: list[Tensor] | None
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """op(**inputs) and the gradients of the inputs named in `wrt`, given one dout for each differentiable output."""
+    leaves = {name: x.detach() if isinstance(x, Tensor) else x for name, x in inputs.items()}
+    for name in wrt:
+        leaves[name].requires_grad_()
+    outputs = op(**leaves)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    if douts is None:
+        return [y.detach() for y in outputs], {}
+    differentiable = [y for y in outputs if y.requires_grad]
+    grads = torch.autograd.grad(differentiable, [leaves[name] for name in wrt], douts)
+    return [y.detach() for y in outputs], dict(zip(wrt, grads, strict=True))
+
+
+def _in_fp64(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def check_op(
+    op: Callable,
+    ref: Callable,
+    inputs: dict[str, Any],
+    *,
+    wrt: Iterable[str] | None = None,
+    layouts: Iterable[str] = ("contiguous",),
+    name: str | None = None,
+    seed: int = 0,
+) -> None:
+    """Holds op(**inputs) and every gradient to the rule, with ref(**inputs) in the same dtype and in fp64 beside it.
+
+    `wrt` names the inputs to differentiate by: default all floating tensors, () for forward only. dout is normal noise,
+    laid out in each of `layouts` (DOUT_LAYOUTS has them all). Neither pass may change an input.
+    """
+    name = name or op.__name__
+    if wrt is None:
+        wrt = [key for key, x in inputs.items() if isinstance(x, Tensor) and x.is_floating_point()]
+    wrt = list(wrt)
+    before = {key: x.clone() for key, x in inputs.items() if isinstance(x, Tensor)}
+    wide = {key: _in_fp64(x) for key, x in inputs.items()}
+
+    outputs, _ = run_with_grads(op, inputs, [], None)
+    same_dtype, _ = run_with_grads(ref, inputs, [], None)
+    exact, _ = run_with_grads(ref, wide, [], None)
+    assert len(outputs) == len(exact), f"{name}: expected {len(exact)} outputs, got {len(outputs)}"
+    labels = [""] if len(outputs) == 1 else [str(i) for i in range(len(outputs))]
+    for label, *tensors in zip(labels, outputs, same_dtype, exact, strict=True):
+        assert_no_worse_than_torch(*tensors, what=f"{name}.out{label}")
+
+    generator = torch.Generator().manual_seed(seed)
+    noise = [torch.randn(y.shape, generator=generator).to(y) for y in outputs if y.is_floating_point()]
+    for layout in layouts if wrt else ():
+        douts = [lay_out(values, layout) for values in noise]
+        _, grads = run_with_grads(op, inputs, wrt, douts)
+        _, same_dtype_grads = run_with_grads(ref, inputs, wrt, douts)
+        _, exact_grads = run_with_grads(ref, wide, wrt, [d.double() for d in douts])
+        suffix = "" if layout == "contiguous" else f" (dout {layout})"
+        for key in wrt:
+            what = f"{name}.d{key}{suffix}"
+            assert_no_worse_than_torch(grads[key], same_dtype_grads[key], exact_grads[key], what=what)
+    for key, x in before.items():
+        assert torch.equal(x.nan_to_num(), inputs[key].nan_to_num()), f"{name}: changed its input {key}"
