@@ -8,6 +8,7 @@ where it comes from: "measured <device>, torch, triton, date", or "static" (pick
 """
 
 import functools
+from dataclasses import dataclass
 
 import torch
 
@@ -18,3 +19,16 @@ ARCHS = (80, 90)
 def arch_of(device: torch.device) -> int:
     """The architecture whose rows serve `device`: 90 from compute capability 9.0 on, 80 below it and off CUDA."""
     return 90 if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0) else 80
+
+
+@dataclass(frozen=True)
+class CrossEntropyConfig:
+    """One program a row of logits, BLOCK_V columns at a time."""
+
+    block_v: int
+    num_warps: int
+
+
+def choose_cross_entropy(V: int, dtype: torch.dtype, arch: int) -> CrossEntropyConfig:
+    """Static: 16 columns a thread keep two 128-bit loads in flight; a short row takes one block."""
+    return CrossEntropyConfig(block_v=min(4096, max(16, 1 << (V - 1).bit_length())), num_warps=8 if V > 1024 else 4)
