@@ -1,18 +1,13 @@
-"""The numerics rule of every kernel, in one place, and the driver that holds an op to it.
+"""The driver that holds an op, and every gradient of it, to the numerics rule; `bench.numerics` has the rule itself."""
 
-An op's error against fp64 is at most twice that of the reference run in the op's own dtype on the same inputs, plus a
-floor: one ulp at |exact|max for the largest error, a quarter ulp at the RMS of exact for the RMS error, and for the signed
-mean four standard errors (4 RMS / sqrt(n), RMS that of the larger error). Where fp64, rounded to the dtype, is infinite
-or NaN the op must be so too, and nowhere else.
-"""
-
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from bench.numerics import compare
 
 
 @dataclass(frozen=True)
@@ -37,59 +32,15 @@ def record(finding: Finding) -> None:
         worst[key] = finding
 
 
-def ulp(dtype: torch.dtype, magnitude: float) -> float:
-    """The distance between neighbouring numbers of `dtype` at `magnitude`."""
-    info = torch.finfo(dtype)
-    return info.eps * max(2.0 ** math.floor(math.log2(magnitude)) if magnitude > 0 else 0.0, info.tiny)
-
-
-def _largest(error: Tensor) -> float:
-    return error.abs().max().item()
-
-
-def _rms(error: Tensor) -> float:
-    return error.square().mean().sqrt().item()
-
-
-def _position(error: Tensor, inside: Tensor) -> str:
-    """The index of the largest error; `error` holds the elements of the mask `inside` alone."""
-    flat = inside.flatten().nonzero().flatten()[error.abs().argmax()]
-    return str([int(i) for i in torch.unravel_index(flat, inside.shape)])
-
-
 def assert_no_worse_than_torch(actual: Tensor, same_dtype: Tensor, exact: Tensor, *, what: str) -> None:
     """Holds `actual` to the rule, given the reference in the same dtype and in fp64; `what` names it: "op.tensor"."""
     dtype = str(actual.dtype).removeprefix("torch.")
-    assert exact.dtype == torch.float64, f"{what}: the exact reference must be fp64, got {exact.dtype}"
     assert actual.shape == exact.shape, f"{what}: expected shape {list(exact.shape)}, got {list(actual.shape)}"
     assert actual.dtype == same_dtype.dtype, f"{what}: expected {same_dtype.dtype}, got {actual.dtype}"
-
-    expected = exact.to(actual.dtype)
-    finite = expected.isfinite()
-    special = {"rtol": 0, "atol": 0, "equal_nan": True, "msg": lambda message: f"{what}: infinite or NaN: {message}"}
-    torch.testing.assert_close(actual[~finite], expected[~finite], **special)
-    wrong = finite & ~actual.isfinite()
-    assert not wrong.any(), f"{what}: not finite at {wrong.nonzero()[0].tolist()} ({int(wrong.sum())} elements)"
-    if not finite.any():
-        return
-
-    truth = exact[finite]
-    error = actual.double()[finite] - truth
-    # A reference that overflows where the exact result does not is no excuse for ours to be wrong there.
-    torch_error = (same_dtype.double() - exact)[finite & same_dtype.isfinite()]
-    torch_error = torch_error if torch_error.numel() else torch.zeros(1, dtype=torch.float64, device=truth.device)
-    scatter = max(_rms(error), _rms(torch_error)) / math.sqrt(error.numel())
-    criteria = {
-        "max": (_largest(error), 2 * _largest(torch_error) + ulp(actual.dtype, _largest(truth))),
-        "RMS": (_rms(error), 2 * _rms(torch_error) + 0.25 * ulp(actual.dtype, _rms(truth))),
-        "mean": (abs(error.mean().item()), 2 * abs(torch_error.mean().item()) + 4 * scatter),
-    }
-    ratios = {name: measured / allowed if measured else 0.0 for name, (measured, allowed) in criteria.items()}
-    criterion = max(ratios, key=ratios.__getitem__)
-    where = _position(error, finite)
-    record(Finding(what, dtype, ratios[criterion], criterion, where))
-    for name, (measured, allowed) in criteria.items():
-        assert measured <= allowed, f"{what} ({dtype}): {name} error {measured:.3e} > {allowed:.3e}, largest at {where}"
+    found = compare(actual, same_dtype, exact)
+    record(Finding(what, dtype, found.ratio, found.criterion, found.worst))
+    limit = f"{found.criterion} error {found.ratio:.3g} times what the rule allows"
+    assert found.passed, f"{what} ({dtype}): {limit}, largest {found.worst}"
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:
