@@ -1,9 +1,9 @@
 """bfloat16 for Triton's interpreter, which holds it as uint16 and computes on the bit patterns (seen in 3.6 and 3.7).
 
 Casts round to nearest even and `tl.dot` takes bf16 operands, as on a GPU. Arithmetic, comparisons, reductions and
-atomics on bf16 are refused: a kernel computes on fp32 after an explicit `.to(tl.float32)`. Importing this module patches
-the interpreter; `_host.py` does so under TRITON_INTERPRET=1 alone. tests/kernels/test_interpret.py notices when Triton's
-own interpreter has learnt bf16 and this file can go.
+atomics on bf16 are refused: a kernel computes on fp32 after an explicit `.to(tl.float32)`. Importing this module
+patches the interpreter; `_host.py` does so under TRITON_INTERPRET=1 alone. tests/kernels/test_interpret.py notices when
+Triton's own interpreter has learnt bf16 and this file can go.
 """
 
 from functools import partial, partialmethod
