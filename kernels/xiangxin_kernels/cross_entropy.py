@@ -2,15 +2,16 @@
 
     z[n]    = x[n] weight^T + bias                            (the plain op is given z)
     lse[n]  = log sum_j exp z[n, j]
-    loss[n] = lse[n] - (1 - s) z[n, t] - s mean_j z[n, j] + z_loss lse[n]^2         t = targets[n], s = label_smoothing
-    dz[n,j] = p[n, j] (1 + 2 z_loss lse[n]) - (1 - s) [j = t] - s / V                 p = exp(z - lse)
+    loss[n] = (1 - s) (lse[n] - z[n, t]) + s (lse[n] - mean_j z[n, j]) + z_loss lse[n]^2
+    dz[n,j] = p[n, j] (1 + 2 z_loss lse[n]) - (1 - s) [j = t] - s / V
+    with t = targets[n], s = label_smoothing, p = exp(z - lse)
 
 Rows whose target is ignore_index count for nothing; "mean" divides by the number of the others, at least 1.
 
 Shapes    logits [N, V]   x [N, C]   weight [V, C]   bias [V] or None   targets [N] int64   lse, loss [N] fp32
 Method    Rows go in chunks whose logits fit a workspace. Per chunk: one GEMM, one kernel that turns the logits in place
-          into loss, lse and dz, then the gradient GEMMs at once, so that the backward only scales. With per-token losses
-          the upstream gradient must enter before the sum over rows, so there the backward makes the logits once more.
+          into loss, lse and dz, then the gradient GEMMs at once, so that the backward only scales. With per-token
+          losses the upstream gradient must enter before the sum over rows: there the backward makes the logits again.
 Saves     plain: logits, lse.   fused, "mean" and "sum": the gradients.   fused, "none": x, weight, bias, lse
 Numerics  softmax and dz in fp32, rounded once; dW and db accumulated in fp32 over chunks in ascending order
 Limits    a target outside [0, V) that is not ignore_index: ValueError on a CPU; on a device the row's loss and gradient
@@ -81,7 +82,7 @@ def _cross_entropy_kernel(
     SMOOTH: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One row: FORWARD makes lse and loss; WRITE_DZ makes dz, scaled by dloss where the backward calls. z and dz may alias."""
+    """One row: FORWARD makes lse and loss; WRITE_DZ makes dz, in the backward scaled by dloss. dz may be z."""
     row = tl.program_id(0).to(tl.int64)
     z_row = z_ptr + row * z_stride_n
     target = tl.load(targets_ptr + row)
@@ -107,9 +108,9 @@ def _cross_entropy_kernel(
             if SMOOTH:
                 z_sum += tl.sum(tl.where(mask_v, z, 0.0), 0)
         lse = tl.where(m_i == float("-inf"), 0.0, m_i) + tl.log(l_i)
-        loss = lse - (1.0 - label_smoothing) * z_target + z_loss * lse * lse
+        loss = (1.0 - label_smoothing) * (lse - z_target) + z_loss * lse * lse
         if SMOOTH:
-            loss -= label_smoothing * (z_sum / V)
+            loss += label_smoothing * (lse - z_sum / V)
         tl.store(lse_ptr + row, lse)
         tl.store(loss_ptr + row, tl.where(ignored, 0.0, loss) + poison)
     else:
@@ -150,9 +151,9 @@ def _rows_cpu(z, dz, targets, lse, loss, dloss, ignore_index, z_loss, label_smoo
     wide = z.to(lse.dtype)
     if loss is not None:
         torch.logsumexp(wide, dim=1, out=lse)
-        loss.copy_(lse - (1 - label_smoothing) * wide.gather(1, column)[:, 0])
+        loss.copy_((1 - label_smoothing) * (lse - wide.gather(1, column)[:, 0]))
         if label_smoothing:
-            loss -= label_smoothing * wide.mean(dim=1)
+            loss += label_smoothing * (lse - wide.mean(dim=1))
         loss += z_loss * lse * lse
         loss.masked_fill_(ignored, 0)
     if dz is not None:
@@ -208,8 +209,9 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def _chunks(x, weight, bias, targets, z, lse, loss, dloss, dx, dw, db, *options) -> None:
-    """The rows in chunks of len(z), the workspace: logits, `_rows` on them in place, and their share of the gradients."""
+    """The rows in chunks of len(z), the workspace: logits, `_rows` on them in place, their share of the gradients."""
     rows = z.shape[0]
+    with_gradients = any(gradient is not None for gradient in (dx, dw, db))
     for start in range(0, x.shape[0], rows):
         chunk = slice(start, start + rows)
         x_chunk = x[chunk]
@@ -218,10 +220,9 @@ def _chunks(x, weight, bias, targets, z, lse, loss, dloss, dx, dw, db, *options)
             torch.mm(x_chunk, weight.t(), out=logits)
         else:
             torch.addmm(bias, x_chunk, weight.t(), out=logits)
-        with_gradients = dx is not None or dw is not None or db is not None
         _rows(
-            logits, logits if with_gradients else None, targets[chunk], lse[chunk], None if loss is None else loss[chunk],
-            None if dloss is None else dloss[chunk], *options,
+            logits, logits if with_gradients else None, targets[chunk], lse[chunk],
+            None if loss is None else loss[chunk], None if dloss is None else dloss[chunk], *options,
         )  # fmt: skip
         if dx is not None:
             torch.mm(logits, weight, out=dx[chunk])
@@ -255,7 +256,7 @@ def _linear_cross_entropy_bwd(
 
 
 def _workspace(x: Tensor, V: int, chunk_rows: int | None) -> Tensor:
-    """Uninitialised logits [rows, V] for one chunk: even chunks, whole tiles of 128 rows, within the workspace's bytes."""
+    """Uninitialised logits [rows, V] of one chunk: even chunks, whole tiles of 128 rows, within the workspace."""
     N = max(x.shape[0], 1)
     if chunk_rows is None:
         fit = (WORKSPACE_BYTES if x.is_cuda else CPU_WORKSPACE_BYTES) // (V * x.element_size())
@@ -399,7 +400,7 @@ def linear_cross_entropy(
     """`cross_entropy` of x [N, C] projected by weight [V, C] and bias [V] or None; the logits are never all held.
 
     chunk_rows: rows whose logits are held at a time; None takes what fits 256 MiB. Under autocast x, weight and bias
-    are cast to its dtype, as nn.Linear's would be. Raises ValueError naming the argument whose shape or dtype does not fit.
+    are cast to its dtype, as nn.Linear's would be. Raises ValueError naming the argument that does not fit.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):
@@ -407,11 +408,9 @@ def linear_cross_entropy(
     check(x.dim() == 2, f"linear_cross_entropy: expected x [N, C], got {list(x.shape)}")
     (N, C), V = x.shape, weight.shape[0]
     check(weight.shape == (V, C), f"linear_cross_entropy: expected weight [V, {C}], got {list(weight.shape)}")
-    for name, argument in (("weight", weight), ("bias", bias)):
-        if argument is not None:
-            check(
-                argument.dtype == x.dtype, f"linear_cross_entropy: expected {name} of {x.dtype}, got {argument.dtype}"
-            )
+    for name, given in (("weight", weight), ("bias", bias)):
+        if given is not None:
+            check(given.dtype == x.dtype, f"linear_cross_entropy: expected {name} of {x.dtype}, got {given.dtype}")
     if bias is not None:
         check(bias.shape == (V,), f"linear_cross_entropy: expected bias [{V}], got {list(bias.shape)}")
     if chunk_rows is not None:
