@@ -132,7 +132,7 @@ class Tokenizer:
         return self._size
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of `text`, none added: text that spells a special token is ordinary text, a lone surrogate is U+FFFD."""
+        """Tokens of `text`, none added: text that spells a special token is plain text, a lone surrogate is U+FFFD."""
         return self._backend.encode(_without_surrogates(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -141,7 +141,7 @@ class Tokenizer:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Text of `tokens`. Special tokens have none, bytes that are not UTF-8 become U+FFFD. InputError: no such token."""
+        """Text of `tokens`: '' for special ones, U+FFFD for bytes that are not UTF-8. InputError: no such token."""
         return b"".join(map(self.token_bytes, tokens)).decode("utf-8", "replace")
 
     def stream(self) -> StreamDecoder:
@@ -164,7 +164,7 @@ class Tokenizer:
         return [pieces[token] for token in range(self._size)]
 
     def save(self, directory: str | Path, context: int = 2048) -> None:
-        """Writes what transformers' AutoTokenizer (4.x and 5.x) and this class load. `context`: the model's, in tokens."""
+        """Writes what transformers' AutoTokenizer (4.x, 5.x) and this class load. `context`: the model's, in tokens."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         names = {"bos_token": self._eos, "eos_token": self._eos, "unk_token": self._eos}
@@ -358,5 +358,5 @@ def _checked_pre_tokenizer(node: object, expect) -> dict:
             prefix, regex = step.get("add_prefix_space") is True, step.get("use_regex", True) is True
             checked.append(_byte_level(add_prefix_space=prefix, use_regex=regex))
     kinds = [step["type"] for step in checked]
-    expect(kinds.index("ByteLevel") == len(kinds) - 1, "a pre_tokenizer with one ByteLevel, its last step", kinds)
+    expect(kinds.count("ByteLevel") == 1 and kinds[-1] == "ByteLevel", "one ByteLevel, last, as pre_tokenizer", kinds)
     return checked[0] if len(checked) == 1 else {"type": "Sequence", "pretokenizers": checked}
