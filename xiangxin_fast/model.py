@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor, nn
-from xiangxin_kernels import layer_norm, linear_cross_entropy, parallel_block
+from xiangxin_kernels import decode_block, decode_head, layer_norm, linear_cross_entropy, parallel_block
 
 from .config import PhiConfig
 from .errors import InputError
@@ -39,6 +39,12 @@ class Block(nn.Module):
         return parallel_block(
             x, self.ln_w, self.ln_b, self.w_in, self.b_in, self.w_out, self.b_out, cos, sin,
             heads=self.heads, eps=self.eps, segment_ids=segment_ids, cache=cache, q_start=q_start,
+        )  # fmt: skip
+
+    def decode(self, x: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor) -> Tensor:
+        return decode_block(
+            x, self.ln_w, self.ln_b, self.w_in, self.b_in, self.w_out, self.b_out, cos, sin, k_cache, v_cache, positions,
+            heads=self.heads, eps=self.eps,
         )  # fmt: skip
 
 
@@ -114,10 +120,22 @@ class Phi(nn.Module):
         x = self.hidden(tokens, segment_ids).flatten(0, 1)
         return linear_cross_entropy(x, self.head_w, self.head_b, targets.flatten(), reduction=reduction)
 
+    @torch.no_grad()
     def prefill(self, tokens: Tensor, cache: KVCache, q_start: int = 0) -> Tensor:
         """Runs tokens [B, T] at positions q_start.. through the cache; logits [B, V] of the last of them."""
         x, cos, sin = self.embedded(tokens, q_start)
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, cache=(cache.k[layer], cache.v[layer]), q_start=q_start)
-        x = layer_norm(x[:, -1], self.ln_w, self.ln_b, self.config.eps)
-        return nn.functional.linear(x, self.head_w, self.head_b)
+        return decode_head(x[:, -1], self.ln_w, self.ln_b, self.head_w, self.head_b, self.config.eps)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, cache: KVCache, positions: Tensor) -> Tensor:
+        """One token for each row of the cache, tokens [B] at positions [B]: logits [B, V] of what follows it.
+
+        A row's bits depend on that row alone. InputError past the context.
+        """
+        x, cos, sin = self.embedded(tokens[:, None], int(positions.max()))
+        x = x[:, 0]
+        for layer, block in enumerate(self.blocks):
+            x = block.decode(x, cos, sin, cache.k[layer], cache.v[layer], positions)
+        return decode_head(x, self.ln_w, self.ln_b, self.head_w, self.head_b, self.config.eps)

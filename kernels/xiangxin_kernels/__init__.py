@@ -2,7 +2,14 @@
 
 from .attention import attention, attention_ref
 from .cross_entropy import cross_entropy, cross_entropy_ref, linear_cross_entropy, linear_cross_entropy_ref
-from .decode import decode_attention, decode_attention_ref
+from .decode import (
+    decode_attention,
+    decode_attention_ref,
+    decode_block,
+    decode_block_ref,
+    decode_head,
+    decode_head_ref,
+)
 from .layer_norm import layer_norm, layer_norm_ref
 from .mlp import gelu_mlp, gelu_mlp_ref
 from .parallel_block import parallel_block, parallel_block_ref
@@ -14,6 +21,10 @@ __all__ = [
     "cross_entropy_ref",
     "decode_attention",
     "decode_attention_ref",
+    "decode_block",
+    "decode_block_ref",
+    "decode_head",
+    "decode_head_ref",
     "gelu_mlp",
     "gelu_mlp_ref",
     "layer_norm",

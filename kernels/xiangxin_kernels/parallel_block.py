@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._cpu import linear
 from .attention import attention, attention_ref
 from .layer_norm import layer_norm, layer_norm_ref
 
@@ -74,7 +75,7 @@ def parallel_block(
     reads everything up to them (chunked prefill, no gradients). Raises ValueError on shapes that do not fit.
     """
     T, C = x.shape[1:]
-    p = F.linear(layer_norm(x, ln_w, ln_b, eps), w_in, b_in)
+    p = linear(layer_norm(x, ln_w, ln_b, eps), w_in, b_in)
     q, k, v, h = split_projection(p, C, heads, cos[q_start : q_start + T], sin[q_start : q_start + T])
     if cache is not None:
         cache[0][:, q_start : q_start + T] = k
@@ -82,4 +83,4 @@ def parallel_block(
         k, v = (c[:, : q_start + T] for c in cache)
     out = attention(q, k, v, segment_ids=segment_ids, q_start=q_start)
     z = torch.cat([out.flatten(2), F.gelu(h, approximate="tanh")], dim=-1)
-    return x + F.linear(z, w_out, b_out[0] + b_out[1])
+    return x + linear(z, w_out, b_out[0] + b_out[1])
