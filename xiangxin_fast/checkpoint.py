@@ -1,0 +1,211 @@
+"""Model directories in Hugging Face's layout: config.json, model*.safetensors, generation_config.json, tokenizer files.
+
+A directory may come from anyone: code in it is never run, nothing outside it is read, and names, shapes and dtypes of
+its tensors must be exactly those that its config.json implies, in one of the layouts of layout.py.
+"""
+
+import math
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import PhiConfig
+from .errors import InputError
+from .hf_config import read_config, write_configs
+from .layout import FUSED, NATIVE, REMOTE, Slot, slots_of
+from .model import Phi, default_dtype, refuse_fp16
+from .strict_files import MIB, SafetensorsFile, file_of, read_json, sync, write_json
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_NAME = re.compile(r"[A-Za-z0-9._-]{1,200}\.safetensors")
+OUR_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+DTYPES = ("F64", "F32", "BF16", "F16")
+
+Item = TypeVar("Item")
+
+
+def load_pretrained(
+    directory: str | os.PathLike,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    check_finite: bool = False,
+) -> Phi:
+    """The model of a directory in Hugging Face's layout.
+
+    `device` None means the GPU where there is one; `dtype` None means `default_dtype(device)`, whatever the file holds.
+    Memory: the model plus its largest tensor. InputError where the directory does not fit; with `check_finite` also
+    where a weight is NaN or infinite, in `dtype`.
+    """
+    directory = Path(directory)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or default_dtype(device)
+    refuse_fp16(dtype)
+    if not directory.is_dir():
+        got = "a file" if directory.exists() else "nothing"
+        raise InputError(f"{directory}: expected a model directory, got {got}")
+    config = read_config(file_of(directory, "config.json"))
+    files = _open_weights(directory)
+    slots = _match(config, {name: file.tensors[name] for name, file in files.items()}, directory)
+    model = Phi(config, device, dtype)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, slot in _progress(slots.items(), f"Loading {directory.name}"):
+            values = files[name].read(name).to(device, dtype)
+            if check_finite:
+                _require_finite(values, f"{files[name].path}: {name}")
+            parameters[slot.parameter][slot.part] = values
+    return model
+
+
+def _open_weights(directory: Path) -> dict[str, SafetensorsFile]:
+    """The file that holds each tensor, by the tensor's name."""
+    if (directory / SINGLE).exists():
+        file = SafetensorsFile(file_of(directory, SINGLE))
+        return dict.fromkeys(file.tensors, file)
+    if not (directory / INDEX).exists():
+        if any(directory.glob("*.bin")):
+            raise InputError(
+                f"{directory}: expected {SINGLE}, got only .bin files; convert them once, where you trust them, with "
+                "transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+            )
+        raise InputError(f"{directory}: expected {SINGLE} or {INDEX}, got neither")
+    index = file_of(directory, INDEX)
+    weight_map = read_json(index, 16 * MIB).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise InputError(f"{index}: expected an object under weight_map, got {type(weight_map).__name__}")
+    shards: dict[str, SafetensorsFile] = {}
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not SHARD_NAME.fullmatch(name):
+            raise InputError(f"{index}: expected the name of a .safetensors file beside it, got {name!r:.100}")
+        if name not in shards:
+            shards[name] = SafetensorsFile(file_of(directory, name))
+        if tensor not in shards[name].tensors:
+            raise InputError(f"{index}: expected {tensor!r:.100} in {name}, which does not hold it")
+    for name, shard in shards.items():
+        unlisted = [tensor for tensor in shard.tensors if weight_map.get(tensor) != name]
+        if unlisted:
+            raise InputError(f"{index}: expected every tensor of {name}, got none of {_some(unlisted)}")
+    return {tensor: shards[name] for tensor, name in weight_map.items()}
+
+
+def _match(config: PhiConfig, tensors: dict[str, tuple[str, tuple[int, ...]]], directory: Path) -> dict[str, Slot]:
+    """The slot of each tensor, once names, shapes and dtypes are exactly those of one layout."""
+    if config.layers > len(tensors):
+        raise InputError(f"{directory}: expected tensors of {config.layers} layers, got {len(tensors)} tensors in all")
+    layouts = (NATIVE, FUSED, REMOTE)
+    layout = next((a for a in layouts if f"{a.layer.format(0)}{a.qkv[0]}.weight" in tensors), NATIVE)
+    slots = slots_of(config, layout)
+    missing = [name for name in slots if name not in tensors]
+    if missing:
+        raise InputError(f"{directory}: expected {len(slots)} tensors, got none named {_some(missing)}")
+    extra = [name for name in tensors if name not in slots and not name.endswith(".rotary_emb.inv_freq")]
+    if extra:
+        raise InputError(f"{directory}: expected only Phi's tensors, got also {_some(extra)}")
+    for name, slot in slots.items():
+        dtype, shape = tensors[name]
+        if shape != slot.shape:
+            raise InputError(f"{directory}: expected {name} {list(slot.shape)}, got {list(shape)}")
+        if dtype not in DTYPES:
+            raise InputError(f"{directory}: expected {name} in one of {', '.join(DTYPES)}, got {dtype}")
+    return slots
+
+
+def save_pretrained(
+    model: Phi, directory: str | os.PathLike, tokenizer=None, *, shard_bytes: int = 5_000_000_000
+) -> None:
+    """Writes the model, and the tokenizer's files, to a directory that transformers 4.37 and later load natively.
+
+    Weights keep the model's dtype, in files of at most `shard_bytes` (or of one tensor). Memory: copies of one file's
+    tensors. A model already there stays whole until every new weight is on the disk. InputError where a weight is not
+    finite, where the tokenizer has more ids than the model, and where the directory cannot be written.
+    """
+    directory = Path(directory)
+    if tokenizer is not None and len(tokenizer) > model.config.vocab:
+        raise InputError(f"{directory}: expected a tokenizer of at most {model.config.vocab} ids, got {len(tokenizer)}")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{directory}: expected a directory to write to, got: {error.strerror}") from None
+    size = model.embed.element_size()
+    slots = slots_of(model.config)
+    shards = _shards(slots, size, shard_bytes)
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [SINGLE]
+    partial = [directory / f"{name}.partial" for name in names]
+    try:
+        for path, shard in _progress(list(zip(partial, shards, strict=True)), f"Writing {directory.name}"):
+            _write_shard(path, model, {name: slots[name] for name in shard})
+    except BaseException:
+        for path in partial:
+            path.unlink(missing_ok=True)
+        raise
+    # Without config.json a directory is no model: from here to the end nobody can load a mixture of old and new.
+    (directory / "config.json").unlink(missing_ok=True)
+    (directory / INDEX).unlink(missing_ok=True)
+    for path in directory.iterdir():
+        if OUR_WEIGHTS.fullmatch(path.name):
+            path.unlink()
+    for path, name in zip(partial, names, strict=True):
+        path.rename(directory / name)
+    if tokenizer is not None:
+        tokenizer.save(directory, model.config.context)
+    if len(shards) > 1:
+        total = size * sum(math.prod(slot.shape) for slot in slots.values())
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_configs(directory, model.config, model.embed.dtype)
+    sync(directory)
+
+
+def _shards(slots: dict[str, Slot], size: int, limit: int) -> list[list[str]]:
+    """Names of tensors, in order, in groups of at most `limit` bytes or of one tensor; `size` bytes a number."""
+    shards, room = [], 0
+    for name, slot in slots.items():
+        needed = size * math.prod(slot.shape)
+        if needed > room or not shards:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= needed
+    return shards
+
+
+def _write_shard(path: Path, model: Phi, slots: dict[str, Slot]) -> None:
+    tensors = {}
+    for name, slot in slots.items():
+        values = model.get_parameter(slot.parameter).detach()[slot.part]
+        _require_finite(values, f"{path.parent}: {name}")
+        tensors[name] = values.cpu().contiguous()
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+        sync(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: expected to write the weights here, got: {error}") from None
+
+
+def _require_finite(values: Tensor, where: str) -> None:
+    if not values.isfinite().all():
+        raise InputError(f"{where}: expected finite weights, got {int((~values.isfinite()).sum())} NaN or infinite")
+
+
+def _some(names: list[str]) -> str:
+    """The first few of `names` and how many more there are, on one line whatever they hold."""
+    shown = ", ".join(f"{name!r:.100}" for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _progress(items: Iterable[Item], doing: str) -> Iterable[Item]:
+    """Goes through `items` with a bar on stderr where a person watches."""
+    console = Console(stderr=True)
+    return track(items, doing, console=console, transient=True, disable=not console.is_terminal)
