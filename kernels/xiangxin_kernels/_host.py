@@ -11,6 +11,8 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRET:
     from . import _interpret  # noqa: F401 (patches Triton's interpreter)
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 _library = torch.library.Library("xiangxin", "DEF")
 
 
@@ -23,6 +25,20 @@ def check(condition: bool, message: str) -> None:
     """Raises ValueError(message) unless `condition`; messages read "op: expected ..., got ..."."""
     if not condition:
         raise ValueError(message)
+
+
+def check_dtypes(op: str, **tensors: Tensor) -> None:
+    """Raises ValueError unless all `tensors` have one dtype, and one that the Triton kernels compute in."""
+    (name, first), *rest = tensors.items()
+    check(first.dtype in _DTYPES, f"{op}: expected {name} in float32, float16 or bfloat16, got {first.dtype}")
+    for other, tensor in rest:
+        check(tensor.dtype == first.dtype, f"{op}: expected {other} in {first.dtype} like {name}, got {tensor.dtype}")
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., C] as [N, C] with a contiguous last axis: a view wherever the strides allow one, else a copy."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def kernel_op(*, mutates: tuple[str, ...]) -> Callable:

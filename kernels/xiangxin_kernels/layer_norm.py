@@ -1,16 +1,29 @@
 """LayerNorm over the last axis.
 
-    y = (x - mean) * rstd * weight + bias        rstd = 1 / sqrt(var + eps), biased variance
+    y    = xhat * weight + bias          xhat = (x - mean) * rstd, rstd = 1 / sqrt(var + eps), biased variance
+    g    = dout * weight
+    dx   = (g - sum(g) / C - xhat * sum(g * xhat) / C) * rstd (+ dresidual)
+    dweight = sum over rows of dout * xhat          dbias = sum over rows of dout
 
-Shapes    x, y [..., C]   weight, bias [C]   mean, rstd [N] fp32 with N the product of the leading axes
-Numerics  statistics and arithmetic in fp32, variance in two passes
+Shapes    x, y, dout, dx, dresidual [..., C]   weight, bias [C]   mean, rstd [N] fp32, N the product of the leading axes
+Saves     x, weight, mean, rstd
+Method    A program holds a row in registers as two pieces, each a power of two of columns: 2048 + 512 for 2560, where
+          one piece would be 4096. The backward strides over rows with a fixed number of programs; each keeps its sums
+          for dweight and dbias, which one more reduction adds up in a fixed order.
+Numerics  fp32 throughout, rounded once. The variance takes two passes, and the second corrects the mean of the first
+          (Chan, Golub, LeVeque 1983): at mean 1e4 and std 1e-3 that mean alone is off by a standard deviation.
+Limits    x, weight and bias of one dtype out of fp32, fp16, bf16; a last axis that is not contiguous is copied
 Source    Ba, Kiros, Hinton 2016, arXiv:1607.06450
 """
 
+import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from ._host import check
+from ._host import as_rows, check, check_dtypes, kernel_op, use_triton
+from ._tuning import arch_of, choose_layer_norm
 
 
 def layer_norm_ref(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -18,8 +31,220 @@ def layer_norm_ref(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
+@triton.jit
+def _load_pieces(row_ptr, C: tl.constexpr, MAIN_C: tl.constexpr, TAIL_C: tl.constexpr):
+    """Columns [0, MAIN_C) and [MAIN_C, C) of a row in fp32; the second piece ends in zeros."""
+    offs_tail = MAIN_C + tl.arange(0, TAIL_C)
+    main = tl.load(row_ptr + tl.arange(0, MAIN_C)).to(tl.float32)
+    tail = tl.load(row_ptr + offs_tail, mask=offs_tail < C, other=0.0).to(tl.float32)
+    return main, tail
+
+
+@triton.jit
+def _store_pieces(row_ptr, main, tail, C: tl.constexpr, MAIN_C: tl.constexpr, TAIL_C: tl.constexpr):
+    offs_tail = MAIN_C + tl.arange(0, TAIL_C)
+    tl.store(row_ptr + tl.arange(0, MAIN_C), main.to(row_ptr.dtype.element_ty))
+    tl.store(row_ptr + offs_tail, tail.to(row_ptr.dtype.element_ty), mask=offs_tail < C)
+
+
+@triton.jit
+def _layer_norm_fwd_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    x_stride_n,
+    y_stride_n,
+    eps,
+    C: tl.constexpr,
+    MAIN_C: tl.constexpr,
+    TAIL_C: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    x_main, x_tail = _load_pieces(x_ptr + row * x_stride_n, C, MAIN_C, TAIL_C)
+    mask_tail = MAIN_C + tl.arange(0, TAIL_C) < C
+
+    mean = (tl.sum(x_main, 0) + tl.sum(x_tail, 0)) / C
+    x_main -= mean
+    x_tail = tl.where(mask_tail, x_tail - mean, 0.0)
+    correction = (tl.sum(x_main, 0) + tl.sum(x_tail, 0)) / C
+    squares = tl.sum(x_main * x_main, 0) + tl.sum(x_tail * x_tail, 0)
+    var = tl.maximum(squares / C - correction * correction, 0.0)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
+
+    weight_main, weight_tail = _load_pieces(weight_ptr, C, MAIN_C, TAIL_C)
+    bias_main, bias_tail = _load_pieces(bias_ptr, C, MAIN_C, TAIL_C)
+    y_main = (x_main - correction) * rstd * weight_main + bias_main
+    y_tail = (x_tail - correction) * rstd * weight_tail + bias_tail
+    _store_pieces(y_ptr + row * y_stride_n, y_main, y_tail, C, MAIN_C, TAIL_C)
+    tl.store(mean_ptr + row, mean + correction)
+    tl.store(rstd_ptr + row, rstd)
+
+
+@triton.jit
+def _layer_norm_bwd_kernel(
+    dout_ptr,
+    x_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dresidual_ptr,
+    dx_ptr,
+    partial_ptr,
+    dout_stride_n,
+    x_stride_n,
+    dresidual_stride_n,
+    dx_stride_n,
+    N,
+    C: tl.constexpr,
+    MAIN_C: tl.constexpr,
+    TAIL_C: tl.constexpr,
+):
+    weight_main, weight_tail = _load_pieces(weight_ptr, C, MAIN_C, TAIL_C)
+    dweight_main = tl.zeros([MAIN_C], tl.float32)
+    dweight_tail = tl.zeros([TAIL_C], tl.float32)
+    dbias_main = tl.zeros([MAIN_C], tl.float32)
+    dbias_tail = tl.zeros([TAIL_C], tl.float32)
+
+    for n in range(tl.program_id(0), N, tl.num_programs(0)):
+        row = tl.cast(n, tl.int64)
+        x_main, x_tail = _load_pieces(x_ptr + row * x_stride_n, C, MAIN_C, TAIL_C)
+        dout_main, dout_tail = _load_pieces(dout_ptr + row * dout_stride_n, C, MAIN_C, TAIL_C)
+        mean = tl.load(mean_ptr + row)
+        rstd = tl.load(rstd_ptr + row)
+        xhat_main = (x_main - mean) * rstd
+        xhat_tail = (x_tail - mean) * rstd
+        dweight_main += dout_main * xhat_main
+        dweight_tail += dout_tail * xhat_tail
+        dbias_main += dout_main
+        dbias_tail += dout_tail
+
+        # Beyond C dout is zero, and with it g and every product it enters.
+        g_main = dout_main * weight_main
+        g_tail = dout_tail * weight_tail
+        g_mean = (tl.sum(g_main, 0) + tl.sum(g_tail, 0)) / C
+        gx_mean = (tl.sum(g_main * xhat_main, 0) + tl.sum(g_tail * xhat_tail, 0)) / C
+        dx_main = (g_main - g_mean - xhat_main * gx_mean) * rstd
+        dx_tail = (g_tail - g_mean - xhat_tail * gx_mean) * rstd
+        if dresidual_ptr is not None:
+            main, tail = _load_pieces(dresidual_ptr + row * dresidual_stride_n, C, MAIN_C, TAIL_C)
+            dx_main += main
+            dx_tail += tail
+        _store_pieces(dx_ptr + row * dx_stride_n, dx_main, dx_tail, C, MAIN_C, TAIL_C)
+
+    dweight_row = partial_ptr + tl.program_id(0).to(tl.int64) * C
+    dbias_row = dweight_row + tl.num_programs(0).to(tl.int64) * C
+    _store_pieces(dweight_row, dweight_main, dweight_tail, C, MAIN_C, TAIL_C)
+    _store_pieces(dbias_row, dbias_main, dbias_tail, C, MAIN_C, TAIL_C)
+
+
+@kernel_op(mutates=("y", "mean", "rstd"))
+def _layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, eps: float) -> None:
+    """x, y [N, C], last axis contiguous; mean, rstd [N] fp32."""
+    N, C = x.shape
+    config = choose_layer_norm(C, x.dtype, arch_of(x.device))
+    if N:
+        _layer_norm_fwd_kernel[(N,)](
+            x,
+            weight,
+            bias,
+            y,
+            mean,
+            rstd,
+            x.stride(0),
+            y.stride(0),
+            eps,
+            C=C,
+            MAIN_C=config.main_c,
+            TAIL_C=config.tail_c,
+            num_warps=config.fwd_warps,
+        )
+
+
+@kernel_op(mutates=("dx", "partial"))
+def _layer_norm_bwd(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dresidual: Tensor | None,
+    dx: Tensor,
+    partial: Tensor,
+) -> None:
+    """dout, x, dresidual, dx [N, C], last axis contiguous; partial [2, P, C] fp32: dweight and dbias of P programs."""
+    N, C = x.shape
+    config = choose_layer_norm(C, x.dtype, arch_of(x.device))
+    if N:
+        _layer_norm_bwd_kernel[(partial.shape[1],)](
+            dout,
+            x,
+            weight,
+            mean,
+            rstd,
+            dresidual,
+            dx,
+            partial,
+            dout.stride(0),
+            x.stride(0),
+            0 if dresidual is None else dresidual.stride(0),
+            dx.stride(0),
+            N,
+            C=C,
+            MAIN_C=config.main_c,
+            TAIL_C=config.tail_c,
+            num_warps=config.bwd_warps,
+        )
+
+
+def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """y [..., C], mean [N] and rstd [N] in Triton, for autograd functions that contain a LayerNorm."""
+    rows = as_rows(x)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    mean = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    _layer_norm_fwd(rows, weight.contiguous(), bias.contiguous(), as_rows(y), mean, rstd, eps)
+    return y, mean, rstd
+
+
+def layer_norm_backward(
+    dout: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, dresidual: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx [..., C] (plus dresidual, the gradient that reaches x past the LayerNorm), dweight [C] and dbias [C]."""
+    rows = as_rows(x)
+    N, C = rows.shape
+    programs = min(N, choose_layer_norm(C, x.dtype, arch_of(x.device)).bwd_programs)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    partial = torch.empty((2, programs, C), dtype=torch.float32, device=x.device)
+    dresidual = None if dresidual is None else as_rows(dresidual)
+    _layer_norm_bwd(as_rows(dout), rows, weight.contiguous(), mean, rstd, dresidual, as_rows(dx), partial)
+    dweight, dbias = partial.sum(dim=1).to(weight.dtype)
+    return dx, dweight, dbias
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        y, mean, rstd = layer_norm_forward(x, weight, bias, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        return *layer_norm_backward(dout, *ctx.saved_tensors), None
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """LayerNorm of x [..., C] with weight, bias [C]; returns [..., C] in x's dtype. ValueError on other shapes."""
+    """LayerNorm of x [..., C] with weight, bias [C]; returns [..., C] in x's dtype.
+
+    Raises ValueError naming the argument whose shape or dtype does not fit.
+    """
     check(weight.shape == x.shape[-1:], f"layer_norm: expected weight [{x.shape[-1]}], got {list(weight.shape)}")
     check(bias.shape == x.shape[-1:], f"layer_norm: expected bias [{x.shape[-1]}], got {list(bias.shape)}")
-    return layer_norm_ref(x, weight, bias, eps)
+    if not use_triton(x):
+        return layer_norm_ref(x, weight, bias, eps)
+    check_dtypes("layer_norm", x=x, weight=weight, bias=bias)
+    return _LayerNorm.apply(x, weight, bias, eps)
