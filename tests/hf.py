@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from transformers import PhiForCausalLM
 from transformers import PhiConfig as HFConfig
+from transformers import PhiForCausalLM
 
 from xiangxin_fast.config import PhiConfig
 from xiangxin_fast.hf_config import rotary_factor
@@ -14,7 +14,7 @@ from xiangxin_fast.model import Phi
 
 
 def oracle(config: PhiConfig, seed: int = 0, **options) -> PhiForCausalLM:
-    """transformers' model of `config` in fp32 with noise in every parameter: biases and LayerNorms too, unlike its own."""
+    """transformers' model of `config` in fp32, with noise in every parameter: its own biases would be zero."""
     hf_config = HFConfig(
         vocab_size=config.vocab,
         hidden_size=config.channels,
