@@ -1,0 +1,349 @@
+"""The registry: for every op its inputs at Phi's shapes, what it must compute and move, and who else can do it.
+
+FLOPs and bytes are those of the mathematics (each input read once, each output written once, the causal half of the
+scores), not those a provider happens to spend: a provider that does more is slower by that much.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xiangxin_kernels as kernels
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from xiangxin_fast.config import PhiConfig
+from xiangxin_fast.model import Phi
+
+MODES = ("fwd", "bwd", "fwdbwd")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """B sequences of T tokens through a model of this shape; letters as in DESIGN's words."""
+
+    config: PhiConfig
+    B: int
+    T: int
+    tiny: bool = False  # walks the code; its figures mean nothing, so nothing is compiled for it
+
+    @property
+    def N(self) -> int:
+        return self.B * self.T
+
+    def __str__(self) -> str:
+        return f"B={self.B} T={self.T} C={self.config.channels}"
+
+
+_PHI_2 = PhiConfig.from_preset("phi-2")
+TINY = PhiConfig(vocab=320, channels=160, layers=2, heads=2, rotary_dim=32, mlp_hidden=192, context=64, eos_id=0)
+SHAPES = {
+    "phi": Shape(_PHI_2, 8, 2048),
+    "cpu": Shape(_PHI_2, 1, 256),
+    "tiny": Shape(TINY, 2, 24, tiny=True),
+}
+
+
+class Unavailable(RuntimeError):
+    """A provider cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A provider on one set of inputs: its forward, and the tensors its backward differentiates by."""
+
+    forward: Callable[[], Tensor]
+    leaves: tuple[Tensor, ...]
+    comparable: bool = True  # the leaves are the case's own, so that their gradients can be judged
+
+
+Inputs = dict[str, Any]
+Provider = Callable[["Case", Inputs, Shape], Run]  # raises Unavailable where it cannot run
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op. `flops` and `moved` give those of "fwd" and "bwd" for a shape and the bytes of an element."""
+
+    op: str
+    reference: Callable[..., Tensor]
+    ours: Callable[..., Tensor]
+    make: Callable[[Shape, "Draw"], Inputs]
+    leaves: tuple[str, ...]
+    flops: Callable[[Shape], dict[str, float]]
+    moved: Callable[[Shape, int], dict[str, float]]
+    rows: tuple[str, ...] = ()  # inputs whose axis 0 the fp64 reference may take one at a time, to spare memory
+    compute_bound: bool = True  # the figure that speaks: TFLOP/s, or GB/s
+    graph: bool = False  # so short that a GPU is timed on the replay of a CUDA graph
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return MODES if self.leaves else MODES[:1]
+
+
+class Draw:
+    """Seeded random tensors on one device, normal with the given std, in one dtype."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, seed: int):
+        self.device, self.dtype = device, dtype
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def __call__(self, *shape: int, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        values = torch.randn(shape, generator=self._generator, device=self.device) * std
+        return values.to(dtype or self.dtype)
+
+    def ids(self, *shape: int, below: int) -> Tensor:
+        return torch.randint(below, shape, generator=self._generator, device=self.device)
+
+
+def of_inputs(function: Callable[..., Tensor]) -> Provider:
+    """The provider that calls `function` on the case's own inputs."""
+
+    def provide(case: Case, inputs: Inputs, shape: Shape) -> Run:
+        return Run(lambda: function(**inputs), tuple(inputs[name] for name in case.leaves))
+
+    return provide
+
+
+def compiled(function: Callable, shape: Shape) -> Callable:
+    """torch.compile at fixed shapes; for a tiny shape dynamo alone, since code generated for it would say nothing."""
+    return torch.compile(function, dynamic=False, backend="eager" if shape.tiny else "inductor")
+
+
+def _rotary(shape: Shape, draw: Draw) -> tuple[Tensor, Tensor]:
+    cos, sin = Phi(shape.config, device="meta").rotary(draw.device)
+    return cos[: shape.T].contiguous(), sin[: shape.T].contiguous()
+
+
+def _attention_inputs(shape: Shape, draw: Draw) -> Inputs:
+    H, D = shape.config.heads, shape.config.head_dim
+    q, k, v = (draw(shape.B, shape.T, H, D) for _ in range(3))
+    cos, sin = _rotary(shape, draw)
+    return {"q": q, "k": k, "v": v, "cos": cos, "sin": sin}
+
+
+def attention_flops(shape: Shape) -> float:
+    """Causal half of q k^T and of p v."""
+    return 2.0 * shape.B * shape.config.channels * shape.T**2
+
+
+def _decode_inputs(shape: Shape, draw: Draw) -> Inputs:
+    H, D, S = shape.config.heads, shape.config.head_dim, shape.T
+    k_cache, v_cache = (draw(shape.B, S, H, D) for _ in range(2))
+    lengths = torch.full((shape.B,), S, device=draw.device)
+    return {"q": draw(shape.B, H, D), "k_cache": k_cache, "v_cache": v_cache, "lengths": lengths}
+
+
+def _layer_norm_inputs(shape: Shape, draw: Draw) -> Inputs:
+    C = shape.config.channels
+    return {"x": draw(shape.N, C), "weight": 1 + draw(C, std=0.1), "bias": draw(C, std=0.1)}
+
+
+def _mlp_inputs(shape: Shape, draw: Draw) -> Inputs:
+    C, F, std = shape.config.channels, shape.config.mlp_hidden, shape.config.init_std
+    return {
+        "x": draw(shape.N, C),
+        "w1": draw(F, C, std=std),
+        "b1": draw(F, std=std),
+        "w2": draw(C, F, std=std),
+        "b2": draw(C, std=std),
+    }
+
+
+def _block_inputs(shape: Shape, draw: Draw) -> Inputs:
+    C, F, std = shape.config.channels, shape.config.mlp_hidden, shape.config.init_std
+    cos, sin = _rotary(shape, draw)
+    return {
+        "x": draw(shape.B, shape.T, C),
+        "ln_w": 1 + draw(C, std=0.1),
+        "ln_b": draw(C, std=0.1),
+        "w_in": draw(3 * C + F, C, std=std),
+        "b_in": draw(3 * C + F, std=std),
+        "w_out": draw(C, C + F, std=std),
+        "b_out": draw(2, C, std=std),
+        "cos": cos,
+        "sin": sin,
+        "heads": shape.config.heads,
+    }
+
+
+def layer_weights(config: PhiConfig) -> int:
+    """Numbers in the matrices of one layer."""
+    C, F = config.channels, config.mlp_hidden
+    return (3 * C + F) * C + C * (C + F)
+
+
+def _logits_inputs(shape: Shape, draw: Draw) -> Inputs:
+    # A trained model is sure of many tokens: losses from 0 up, which flat random logits would never reach.
+    logits = draw(shape.N, shape.config.vocab, std=2.0)
+    targets = draw.ids(shape.N, below=shape.config.vocab)
+    logits[torch.arange(0, shape.N, 2, device=logits.device), targets[::2]] += 16.0
+    return {"logits": logits, "targets": _ignore_some(targets)}
+
+
+def _head_inputs(shape: Shape, draw: Draw) -> Inputs:
+    C, V = shape.config.channels, shape.config.vocab
+    targets = _ignore_some(draw.ids(shape.N, below=V))
+    weight, bias = draw(V, C, std=2 * shape.config.init_std), draw(V, std=shape.config.init_std)
+    return {"x": draw(shape.N, C), "weight": weight, "bias": bias, "targets": targets}
+
+
+def _ignore_some(targets: Tensor) -> Tensor:
+    targets[::37] = -100
+    return targets
+
+
+def _fwd_bwd(fwd: float, bwd: float) -> dict[str, float]:
+    return {"fwd": fwd, "bwd": bwd, "fwdbwd": fwd + bwd}
+
+
+def _norm_traffic(shape: Shape, e: int) -> dict[str, float]:
+    elements = e * shape.N * shape.config.channels
+    return _fwd_bwd(2.0 * elements, 3.0 * elements)
+
+
+def _attention_traffic(shape: Shape, e: int) -> dict[str, float]:
+    elements = e * shape.N * shape.config.channels
+    return _fwd_bwd(4.0 * elements, 8.0 * elements)
+
+
+def _mlp_traffic(shape: Shape, e: int) -> dict[str, float]:
+    C, F = shape.config.channels, shape.config.mlp_hidden
+    rows, weights, hidden = shape.N * C, 2 * C * F, shape.N * F  # the hidden layer is saved once and read once
+    return _fwd_bwd(e * (2.0 * rows + weights + hidden), e * (3.0 * rows + 2 * weights + hidden))
+
+
+def _block_traffic(shape: Shape, e: int) -> dict[str, float]:
+    C, F = shape.config.channels, shape.config.mlp_hidden
+    rows, weights, saved = shape.N * C, layer_weights(shape.config), shape.N * (4 * C + F)
+    return _fwd_bwd(e * (2.0 * rows + weights + saved), e * (3.0 * rows + 2 * weights + saved))
+
+
+def _logits_traffic(shape: Shape, e: int) -> dict[str, float]:
+    logits = e * shape.N * shape.config.vocab
+    return _fwd_bwd(1.0 * logits, 2.0 * logits)
+
+
+def _head_traffic(shape: Shape, e: int) -> dict[str, float]:
+    rows, weights = shape.N * shape.config.channels, shape.config.vocab * shape.config.channels
+    return _fwd_bwd(e * (1.0 * rows + weights), e * (2.0 * rows + 2 * weights))
+
+
+def _decode_traffic(shape: Shape, e: int) -> dict[str, float]:
+    return {"fwd": 2.0 * e * shape.B * (shape.T + 1) * shape.config.channels}
+
+
+def _gemm_flops(shape: Shape, weights: int) -> dict[str, float]:
+    return _fwd_bwd(2.0 * shape.N * weights, 4.0 * shape.N * weights)
+
+
+def _block_flops(shape: Shape) -> dict[str, float]:
+    matrices, scores = _gemm_flops(shape, layer_weights(shape.config)), attention_flops(shape)
+    return _fwd_bwd(matrices["fwd"] + scores, matrices["bwd"] + 2.5 * scores)
+
+
+def _per_element(count: Callable[[Shape], int], fwd: float, bwd: float) -> Callable[[Shape], dict[str, float]]:
+    return lambda shape: _fwd_bwd(fwd * count(shape), bwd * count(shape))
+
+
+CASES = {
+    case.op: case
+    for case in (
+        Case(
+            op="layer_norm",
+            reference=kernels.layer_norm_ref,
+            ours=kernels.layer_norm,
+            make=_layer_norm_inputs,
+            leaves=("x", "weight", "bias"),
+            flops=_per_element(lambda s: s.N * s.config.channels, 8, 14),
+            moved=_norm_traffic,
+            compute_bound=False,
+        ),
+        Case(
+            op="attention",
+            reference=kernels.attention_ref,
+            ours=kernels.attention,
+            make=_attention_inputs,
+            leaves=("q", "k", "v"),
+            rows=("q", "k", "v"),
+            flops=lambda s: _fwd_bwd(attention_flops(s), 2.5 * attention_flops(s)),
+            moved=_attention_traffic,
+        ),
+        Case(
+            op="gelu_mlp",
+            reference=kernels.gelu_mlp_ref,
+            ours=kernels.gelu_mlp,
+            make=_mlp_inputs,
+            leaves=("x", "w1", "b1", "w2", "b2"),
+            flops=lambda s: _gemm_flops(s, 2 * s.config.channels * s.config.mlp_hidden),
+            moved=_mlp_traffic,
+        ),
+        Case(
+            op="parallel_block",
+            reference=kernels.parallel_block_ref,
+            ours=kernels.parallel_block,
+            make=_block_inputs,
+            leaves=("x", "ln_w", "ln_b", "w_in", "b_in", "w_out", "b_out"),
+            rows=("x",),
+            flops=_block_flops,
+            moved=_block_traffic,
+        ),
+        Case(
+            op="cross_entropy",
+            reference=kernels.cross_entropy_ref,
+            ours=kernels.cross_entropy,
+            make=_logits_inputs,
+            leaves=("logits",),
+            flops=_per_element(lambda s: s.N * s.config.vocab, 4, 4),
+            moved=_logits_traffic,
+            compute_bound=False,
+        ),
+        Case(
+            op="linear_cross_entropy",
+            reference=kernels.linear_cross_entropy_ref,
+            ours=kernels.linear_cross_entropy,
+            make=_head_inputs,
+            leaves=("x", "weight", "bias"),
+            flops=lambda s: _gemm_flops(s, s.config.vocab * s.config.channels),
+            moved=_head_traffic,
+        ),
+        Case(
+            op="decode_attention",
+            reference=kernels.decode_attention_ref,
+            ours=kernels.decode_attention,
+            make=_decode_inputs,
+            leaves=(),
+            rows=("q", "k_cache", "v_cache", "lengths"),
+            flops=lambda s: {"fwd": 4.0 * s.B * s.T * s.config.channels},
+            moved=_decode_traffic,
+            compute_bound=False,
+            graph=True,
+        ),
+    )
+}
+
+
+def make_inputs(case: Case, shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Inputs:
+    """The case's inputs, those it differentiates by requiring gradients."""
+    inputs = case.make(shape, Draw(device, dtype, seed))
+    for name in case.leaves:
+        inputs[name].requires_grad_()
+    return inputs
+
+
+class _Seen(TorchDispatchMode):
+    """Notes whether an op of xiangxin_kernels was dispatched."""
+
+    kernel = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.kernel |= function.namespace == "xiangxin"
+        return function(*args, **(kwargs or {}))
+
+
+def implementation(run: Run) -> str:
+    """What stands behind the front door here: "kernels", or "composite" where only torch's own ops ran."""
+    with _Seen() as seen:
+        run.forward()
+    return "kernels" if seen.kernel else "composite"
