@@ -1,0 +1,152 @@
+"""TrainConfig: every choice of a training run, its presets, its command line. Imports no torch: --help is instant."""
+
+import contextlib
+import dataclasses
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from xiangxin_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Pretrain a Phi model, or train a checkpoint further, on token shards made by train/prepare.py.
+
+    Example: python train/run.py --preset demo --data demo/shards --out runs/first --lr 1e-3
+
+    The run directory gets config.json, environment.json, metrics.jsonl (one line per step), tb/ (TensorBoard),
+    checkpoints/ and, at the end, model/: a Hugging Face directory. The same command again goes on where it stopped;
+    Ctrl-C or SIGTERM finishes the step and saves first.
+    """
+
+    preset: Literal["demo", "xiangxin-3b"]
+    """Shape of the model and the defaults of the options below (shown: xiangxin-3b's, unless --preset was given)."""
+    data: Path
+    """Directory of token shards (manifest.json, tokenizer.json, *.bin)."""
+    out: Path
+    """Run directory; made when it does not exist."""
+    init_from: Path | None = None
+    """Hugging Face directory whose weights and shape to start from; dropout settings in it are ignored."""
+    resume: str = "auto"
+    """'auto': the newest valid checkpoint of --out; 'never': start anew, --out must hold none; or a checkpoint."""
+    seed: int = 1
+    """Decides the initial weights and the order of the samples."""
+
+    context: int = 2048
+    """Tokens per sequence."""
+    batch: int = 512
+    """Sequences per optimizer step."""
+    micro_batch: int = 8
+    """Sequences per forward and backward; gradients accumulate over batch / micro_batch of them."""
+    segment_ids: bool = True
+    """Attention stays inside a document when several share a sequence."""
+
+    steps: int = 143_000
+    """Optimizer steps of the whole run."""
+    minutes: float | None = None
+    """Time limit of the whole run. The schedule then follows whichever of steps and time is further on, so the learning
+    rate still comes down; such a run depends on the machine's speed and does not repeat bit for bit."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    lr_floor: float = 0.1
+    """The cosine ends at this fraction of --lr."""
+    warmup: float = 0.01
+    """Fraction of the run over which the learning rate rises linearly."""
+    beta1: float = 0.9
+    """AdamW's decay of the gradient's mean."""
+    beta2: float = 0.95
+    """AdamW's decay of the gradient's square."""
+    weight_decay: float = 0.1
+    """AdamW's weight decay; on matrices only."""
+    clip: float = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+
+    validate_every: int = 250
+    """Steps between validation losses; there is always one after the last step."""
+    validation_samples: int = 512
+    """Sequences of the validation split per validation loss, at most."""
+    save_every: int = 500
+    """Steps between checkpoints; there is always one after the last step."""
+    keep: int = 3
+    """Newest checkpoints kept; at least 2, so that a damaged one is never the only one."""
+
+    def __post_init__(self):
+        for name in ("context", "batch", "micro_batch", "steps", "validate_every", "validation_samples", "save_every"):
+            _expect(getattr(self, name) >= 1, f"--{_flag(name)} of at least 1", getattr(self, name))
+        _expect(
+            self.batch % self.micro_batch == 0, f"--batch divisible by --micro-batch {self.micro_batch}", self.batch
+        )
+        _expect(self.minutes is None or self.minutes > 0, "--minutes above 0", self.minutes)
+        for name in ("lr", "clip"):
+            _expect(getattr(self, name) > 0, f"--{_flag(name)} above 0", getattr(self, name))
+        for name in ("lr_floor", "warmup"):
+            _expect(0 <= getattr(self, name) <= 1, f"--{_flag(name)} in 0..1", getattr(self, name))
+        for name in ("beta1", "beta2"):
+            _expect(0 <= getattr(self, name) < 1, f"--{_flag(name)} in 0..1, 1 excluded", getattr(self, name))
+        _expect(self.weight_decay >= 0, "--weight-decay of at least 0", self.weight_decay)
+        _expect(self.seed >= 0, "--seed of at least 0", self.seed)
+        _expect(self.keep >= 2, "--keep of at least 2", self.keep)
+
+    def to_json(self) -> dict:
+        """The fields as JSON values."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+
+
+# xiangxin-3b: 143,000 steps of 512 x 2048 tokens are 150e9 tokens. Rates of 1.6e-4 (GPT-3 2.7B) to 3e-4 are usual at
+# this size and a batch of a million tokens; betas, decay and clip are GPT-3's (arXiv:2005.14165, appendix B).
+# demo: two cores see half a million tokens in its minutes: a small batch for many steps, a high rate, a low floor.
+PRESETS: dict[str, dict] = {
+    "xiangxin-3b": {},
+    "demo": {
+        "context": 256,
+        "batch": 2,
+        "micro_batch": 2,
+        "steps": 3400,
+        "minutes": 4.6,
+        "lr": 2e-3,
+        "lr_floor": 0.02,
+        "warmup": 0.05,
+        "validate_every": 100,
+        "validation_samples": 32,
+        "save_every": 200,
+    },
+}
+
+
+def _flag(field: str) -> str:
+    return field.replace("_", "-")
+
+
+def _expect(condition: bool, expected: str, got: object) -> None:
+    if not condition:
+        raise InputError(f"training: expected {expected}, got {got}")
+
+
+def _one_line(box: str) -> str:
+    """tyro's framed report of a bad command line as one line."""
+    lines = [line.strip(" │") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    rules = [i for i, line in enumerate(lines) if line.startswith("─")] or [len(lines)]
+    message = " ".join(lines[: rules[0]])
+    near = re.search(r"Perhaps you meant:.*?(--[\w-]+)", " ".join(lines), flags=re.DOTALL)
+    return message + (f"; perhaps you meant {near[1]}" if near else "")
+
+
+def parse(arguments: Sequence[str]) -> TrainConfig:
+    """The configuration a command line asks for; InputError (one line, with the near match) where it does not fit."""
+    named = re.search(r"--preset[ =](\S+)", " ".join(arguments))
+    preset = PRESETS.get(named[1], {}) if named else {}
+    default = TrainConfig(tyro.MISSING, tyro.MISSING, tyro.MISSING, **preset)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(TrainConfig, prog="python train/run.py", default=default, args=list(arguments))
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise InputError(f"{_one_line(complaint.getvalue())} (--help lists the options)") from None
