@@ -42,9 +42,10 @@ class TokenDataset:
             raise InputError(f"data: expected a split of {', '.join(SPLITS)}, got {split!r}")
         self.manifest = Manifest.load(directory)
         self.context, self.seed = context, seed
-        self._shards = [Shard(directory, self.manifest, split, i) for i in range(len(self.manifest.splits[split]))]
+        shards = self.manifest.splits[split].shards
+        self._shards = [Shard(directory, self.manifest, split, number) for number in range(len(shards))]
         self._ends = np.cumsum([shard.tokens for shard in self._shards], dtype=np.int64)
-        tokens = self.manifest.tokens(split)
+        tokens = self.manifest.splits[split].tokens
         self._length = (tokens - 1) // context
         if self._length < 1:
             raise InputError(f"{directory}: expected over {context} tokens in split {split!r}, found {tokens}")

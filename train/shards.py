@@ -55,21 +55,35 @@ class ShardRecord:
 
 
 @dataclass(frozen=True)
+class Split:
+    """One split: its shards, and the size of the text they were made from."""
+
+    shards: list[ShardRecord]
+    text_bytes: int
+    characters: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def documents(self) -> int:
+        return sum(shard.documents for shard in self.shards)
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """What a data directory holds. `vocab` is how many tokens the tokenizer has; `report` is free for `prepare.py`."""
+    """What a data directory holds. `vocab` is how many tokens the tokenizer has, `rejects` counts by reason."""
 
     vocab: int
     eos_id: int
     tokenizer_sha256: str
-    splits: dict[str, list[ShardRecord]]
-    report: dict
+    splits: dict[str, Split]
+    rejects: dict[str, int]
 
     @property
     def dtype(self) -> np.dtype:
         return np.dtype("<u2" if self.vocab <= 1 << 16 else "<u4")
-
-    def tokens(self, split: str) -> int:
-        return sum(shard.tokens for shard in self.splits[split])
 
     def save(self, directory: Path) -> None:
         """Writes manifest.json; the directory counts as prepared from then on."""
@@ -92,17 +106,13 @@ class Manifest:
             content = json.loads(file.read_bytes())
             if (found := (content["format"], content["version"])) != (FORMAT, VERSION):
                 raise ValueError(f"expected {(FORMAT, VERSION)}, got {found}")
-            splits = {split: [ShardRecord(**shard) for shard in content["splits"][split]] for split in SPLITS}
             manifest = Manifest(
                 _whole(content["vocab"]),
                 _whole(content["eos_id"]),
-                content["tokenizer_sha256"],
-                splits,
-                content["report"],
+                _sha256(content["tokenizer_sha256"]),
+                {split: _split(content["splits"][split], split) for split in SPLITS},
+                {str(reason): _whole(count) for reason, count in content["rejects"].items()},
             )
-            for split, shards in splits.items():
-                for number, shard in enumerate(shards):
-                    _check_record(shard, split, number)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise InputError(f"{file}: not a valid manifest: {' '.join(reason.split())[:200]}") from None
@@ -119,14 +129,22 @@ def _whole(value: object) -> int:
     return value
 
 
-def _check_record(shard: ShardRecord, split: str, number: int) -> None:
-    if shard.name != f"{split}-{number:05d}.bin":
-        raise ValueError(f"expected shard {split}-{number:05d}.bin, got {shard.name!r}")
-    for value in (shard.tokens, shard.documents, shard.bytes):
-        _whole(value)
-    for value in (shard.header_sha256, shard.sha256):
-        if not re.fullmatch("[0-9a-f]{64}", value):
-            raise ValueError(f"expected a sha256, got {value!r}")
+def _sha256(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+        raise ValueError(f"expected a sha256, got {value!r}")
+    return value
+
+
+def _split(content: dict, split: str) -> Split:
+    shards = [_record(shard, f"{split}-{number:05d}.bin") for number, shard in enumerate(content["shards"])]
+    return Split(shards, _whole(content["text_bytes"]), _whole(content["characters"]))
+
+
+def _record(content: dict, name: str) -> ShardRecord:
+    if content["name"] != name:
+        raise ValueError(f"expected shard {name}, got {content['name']!r}")
+    sizes = (_whole(content[field]) for field in ("tokens", "documents", "bytes"))
+    return ShardRecord(name, *sizes, _sha256(content["header_sha256"]), _sha256(content["sha256"]))
 
 
 def write_atomically(file: Path, content: bytes) -> None:
@@ -245,7 +263,7 @@ class Shard:
     """One shard, memory-mapped; blocks are checked when first touched. Cutting a mapped file kills its readers."""
 
     def __init__(self, directory: str | Path, manifest: Manifest, split: str, number: int):
-        record = manifest.splits[split][number]
+        record = manifest.splits[split].shards[number]
         self.file, self._sha256 = Path(directory) / record.name, record.sha256
         self.vocab, self.eos_id, self.dtype = manifest.vocab, manifest.eos_id, manifest.dtype
         try:
