@@ -16,7 +16,6 @@ shards.
 """
 
 import hashlib
-import json
 import os
 import re
 import struct
@@ -28,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from xiangxin_fast.errors import InputError
+from xiangxin_fast.strict_files import read_json, sync, write_json
 
 FORMAT = "xiangxin-fast token shards"
 MAGIC, VERSION = b"XXTOKENS", 1
@@ -88,22 +88,17 @@ class Manifest:
     def save(self, directory: Path) -> None:
         """Writes manifest.json; the directory counts as prepared from then on."""
         content = {"format": FORMAT, "version": VERSION} | asdict(self)
-        write_atomically(
-            directory / "manifest.json", (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode()
-        )
+        write_json(Path(directory) / "manifest.json", content)
+        sync(Path(directory))
 
     @staticmethod
     def load(directory: str | Path) -> "Manifest":
         """Reads and checks manifest.json and that tokenizer.json is the one the shards were made with."""
         file = Path(directory) / "manifest.json"
         if not file.is_file():
-            raise InputError(
-                f"{directory}: expected a directory made by `train/prepare.py shards`, found no manifest.json"
-            )
-        if file.stat().st_size > MAX_MANIFEST_BYTES:
-            raise InputError(f"{file}: expected at most {MAX_MANIFEST_BYTES:,} bytes, got {file.stat().st_size:,}")
+            raise InputError(f"{directory}: expected a directory that train/prepare.py made, found no manifest.json")
+        content = read_json(file, MAX_MANIFEST_BYTES)
         try:
-            content = json.loads(file.read_bytes())
             if (found := (content["format"], content["version"])) != (FORMAT, VERSION):
                 raise ValueError(f"expected {(FORMAT, VERSION)}, got {found}")
             manifest = Manifest(
@@ -113,7 +108,7 @@ class Manifest:
                 {split: _split(content["splits"][split], split) for split in SPLITS},
                 {str(reason): _whole(count) for reason, count in content["rejects"].items()},
             )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise InputError(f"{file}: not a valid manifest: {' '.join(reason.split())[:200]}") from None
         tokenizer = Path(directory) / "tokenizer.json"
@@ -145,26 +140,6 @@ def _record(content: dict, name: str) -> ShardRecord:
         raise ValueError(f"expected shard {name}, got {content['name']!r}")
     sizes = (_whole(content[field]) for field in ("tokens", "documents", "bytes"))
     return ShardRecord(name, *sizes, _sha256(content["header_sha256"]), _sha256(content["sha256"]))
-
-
-def write_atomically(file: Path, content: bytes) -> None:
-    """`file` is either absent (or as it was) or complete, whatever happens."""
-    partial = file.with_name(file.name + ".partial")
-    with partial.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    publish(partial, file)
-
-
-def publish(partial: Path, file: Path) -> None:
-    """Renames a complete, fsynced file to its name, durably."""
-    os.replace(partial, file)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 class ShardWriter:
@@ -253,7 +228,8 @@ class ShardWriter:
             stream.seek(0)
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
             size = stream.seek(0, os.SEEK_END)
-        publish(self.directory / f"{self._name}.partial", self.directory / self._name)
+        os.replace(self.directory / f"{self._name}.partial", self.directory / self._name)
+        sync(self.directory)
         header_sha256 = hashlib.sha256(header).hexdigest()
         self.records.append(ShardRecord(self._name, self._tokens, len(self._starts), size, header_sha256, sha256))
         self._stream = None

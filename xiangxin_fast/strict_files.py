@@ -7,11 +7,14 @@ lets pass is checked here: duplicate names, and headers far larger than a Phi ne
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from .errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor  # not at run time: the tokenizer and train/prepare.py read JSON without torch
 
 MIB = 1 << 20
 HEADER_LIMIT = 4 * MIB  # phi-2's header has 50 KB
@@ -104,7 +107,7 @@ class SafetensorsFile:
             raise InputError(f"{path}: expected a whole safetensors file, got: {_one_line(error)}") from None
         self.tensors = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> "Tensor":
         """The tensor `name`, in memory of its own."""
         try:
             return self._file.get_tensor(name)

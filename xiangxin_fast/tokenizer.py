@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from .errors import InputError
+from .strict_files import read_json, write_json
 
 END_OF_TEXT = "<|endoftext|>"
 MAX_FILE_BYTES = 32 << 20
@@ -88,12 +89,12 @@ class Tokenizer:
         directory = path if path.is_dir() else path.parent
         file = path / "tokenizer.json" if path.is_dir() else path
         settings = directory / "tokenizer_config.json"
-        settings = _read_json(settings) if settings.exists() else {}
+        settings = read_json(settings, MAX_FILE_BYTES) if settings.exists() else {}
         eos = settings.get("eos_token") or END_OF_TEXT
         eos = eos.get("content") if isinstance(eos, dict) else eos
         hf_class = OWN_CLASS
         if file.exists():
-            document = _read_json(file)
+            document = read_json(file, MAX_FILE_BYTES)
             if str(settings.get("tokenizer_class")).startswith(CODEGEN_CLASS):
                 hf_class = CODEGEN_CLASS
         elif (directory / "vocab.json").exists() and (directory / "merges.txt").exists():
@@ -181,8 +182,8 @@ class Tokenizer:
             "model_max_length": context,
         }
         (directory / "tokenizer.json").write_bytes(self._json)
-        for name, content in (("tokenizer_config.json", settings), ("special_tokens_map.json", names)):
-            (directory / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        write_json(directory / "tokenizer_config.json", settings)
+        write_json(directory / "special_tokens_map.json", names)
 
 
 def _without_surrogates(text: str) -> str:
@@ -207,53 +208,24 @@ def _one_line(value: object) -> str:
     return " ".join(str(value).split())[:200]
 
 
-def _read_bytes(file: Path) -> bytes:
-    try:
-        size = file.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise InputError(f"{file}: expected at most {MAX_FILE_BYTES:,} bytes, got {size:,}")
-        return file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
-
-
-def _read_json(file: Path) -> dict:
-    """The object in `file`. Duplicate keys and NaN, which the json module lets through, are errors here."""
-
-    def unique(pairs):
-        if len(content := dict(pairs)) < len(pairs):
-            raise ValueError("a key is given twice")
-        return content
-
-    def refuse(constant):
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        content = json.loads(_read_bytes(file).decode(), object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{file}: expected a JSON object: {_one_line(error)}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
 def _codegen_document(directory: Path, eos: str) -> dict:
     """CodeGen's three files as one tokenizer.json; not yet checked."""
+    merges = directory / "merges.txt"
     try:
-        lines = _read_bytes(directory / "merges.txt").decode().split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{directory / 'merges.txt'}: expected UTF-8: {_one_line(error)}") from None
-    vocab = _read_json(directory / "vocab.json")
+        with merges.open("rb") as stream:
+            lines = stream.read(MAX_FILE_BYTES).decode().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{merges}: expected readable UTF-8: {_one_line(error)}") from None
+    vocab = read_json(directory / "vocab.json", MAX_FILE_BYTES)
+    if lines[0].startswith("#version"):
+        del lines[0]
     added = {eos: vocab.get(eos)}
     if (directory / "added_tokens.json").exists():
-        added |= _read_json(directory / "added_tokens.json")
-    merges = [line for line in lines if line and not line.startswith("#version")]
+        added |= read_json(directory / "added_tokens.json", MAX_FILE_BYTES)
     return {
         "added_tokens": [{"content": text, "id": token, "normalized": text != eos} for text, token in added.items()],
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+        "model": {"type": "BPE", "vocab": vocab, "merges": [*filter(None, lines)]},
     }
 
 
