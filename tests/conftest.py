@@ -66,7 +66,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if numerics.worst:
         terminalreporter.section("numerics: error / allowed error, worst of each op")
         for (op, dtype), finding in sorted(numerics.worst.items()):
-            write(f"{op:24} {dtype:9} {finding.ratio:6.3f}  {finding.criterion:4} {finding.what} at {finding.where}")
+            write(f"{op:24} {dtype:9} {finding.ratio:6.3f}  {finding.criterion:4} {finding.what} {finding.where}")
     half = "interpreter" if INTERPRET else "torch and compiler"
     left = "; ".join(f"{n} {reason}" for reason, n in sorted(_left_out.items())) or "nothing"
     write(f"half: {half}; left out: {left}")

@@ -4,12 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from functorch.compile import make_boxed_func
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
-from torch._inductor.fx_passes.post_grad import decompose_auto_functionalized
-from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops
-from torch._inductor.fx_utils import FakeTensorUpdater
 
 
 def assert_same_bits(actual: Iterable[Tensor], expected: Iterable[Tensor], *, what: str) -> None:
@@ -73,6 +68,13 @@ def assert_compiles_without_clones(fn: Callable[..., Tensor], *inputs: Tensor) -
     Ops that write into their arguments are functionalised: this runs the pass of inductor that undoes it and counts the
     copies it could not avoid.
     """
+    # Two seconds of imports that no other test needs.
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.fx_passes.post_grad import decompose_auto_functionalized
+    from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops
+    from torch._inductor.fx_utils import FakeTensorUpdater
+
     graphs = []
 
     def keep(graph_module, _):

@@ -1,4 +1,4 @@
-"""bfloat16 for Triton's interpreter, which holds it as uint16 and computes on the bit patterns (seen in 3.6 and 3.7).
+"""What Triton's interpreter lacks (3.6 and 3.7): bfloat16, which it holds as uint16 and computes on the bit patterns.
 
 Casts round to nearest even and `tl.dot` takes bf16 operands, as on a GPU. Arithmetic, comparisons, reductions and
 atomics on bf16 are refused: a kernel computes on fp32 after an explicit `.to(tl.float32)`. Importing this module
@@ -11,6 +11,7 @@ from functools import partial, partialmethod
 import numpy as np
 import triton.language as tl
 from triton._C.libtriton import ir
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle, _get_np_dtype
 
 
@@ -66,3 +67,25 @@ _patch(InterpreterBuilder, _select, "create_select")
 _patch(InterpreterBuilder, _refuse, "unary_op", "binary_op", "ternary_op", "create_fma", "create_erf", "create_rsqrt")
 _patch(InterpreterBuilder, _refuse, "create_atomic_rmw")
 _patch(ReduceScanOpInterface, _refuse, "apply")
+
+# Speed: every call of a device function patches triton.language anew, more than half of a small kernel's time, where
+# once a launch is enough; and the checks of integer overflow are computed, but acted on only when debugging.
+_patched: set[int] = set()
+
+
+def _patch_lang_once(original, fn):
+    namespace = id(fn.__globals__)
+    if namespace in _patched:
+        return interpreter._LangPatchScope()
+    _patched.add(namespace)
+    return original(fn)
+
+
+def _launch(original, self, *arguments, **options):
+    _patched.clear()
+    return original(self, *arguments, **options)
+
+
+interpreter._patch_lang = partial(_patch_lang_once, interpreter._patch_lang)
+_patch(interpreter.GridExecutor, _launch, "__call__")
+interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
