@@ -32,3 +32,53 @@ class CrossEntropyConfig:
 def choose_cross_entropy(V: int, dtype: torch.dtype, arch: int) -> CrossEntropyConfig:
     """Static: 16 columns a thread keep two 128-bit loads in flight; a short row takes one block."""
     return CrossEntropyConfig(block_v=min(4096, max(16, 1 << (V - 1).bit_length())), num_warps=8 if V > 1024 else 4)
+
+
+@dataclass(frozen=True)
+class LayerNormConfig:
+    """A row as two powers of two of columns, main_c + tail_c >= C > main_c; bwd_programs share the backward's rows."""
+
+    main_c: int
+    tail_c: int
+    fwd_warps: int
+    bwd_warps: int
+    bwd_programs: int
+
+
+def choose_layer_norm(C: int, dtype: torch.dtype, arch: int) -> LayerNormConfig:
+    """Static: 16-byte accesses to both pieces of 2560 columns; four programs a multiprocessor in the backward."""
+    main_c = 1 << max(0, (C - 1).bit_length() - 1)
+    tail_c = 1 << (max(1, C - main_c) - 1).bit_length()
+    fwd_warps = min(16, max(1, main_c // 1024))
+    return LayerNormConfig(main_c, tail_c, fwd_warps, min(16, 2 * fwd_warps), {80: 4 * 108, 90: 4 * 132}[arch])
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """BLOCK_M query rows by BLOCK_N keys; the tiles of `heads_per_group` heads are scheduled together, longest first."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    heads_per_group: int = 8
+
+
+# static: spill-free in the hot loop at D = 80, bound by bench.static (kernels/README.md has the candidates)
+_ATTENTION = {
+    ("fwd", 80): AttentionConfig(block_m=128, block_n=64, num_warps=8, num_stages=3),
+    ("bwd_dq", 80): AttentionConfig(block_m=64, block_n=64, num_warps=4, num_stages=2),
+    ("bwd_dkv", 80): AttentionConfig(block_m=64, block_n=64, num_warps=4, num_stages=2),
+    ("fwd", 90): AttentionConfig(block_m=128, block_n=128, num_warps=8, num_stages=2),
+    ("bwd_dq", 90): AttentionConfig(block_m=128, block_n=128, num_warps=8, num_stages=2),
+    ("bwd_dkv", 90): AttentionConfig(block_m=64, block_n=128, num_warps=8, num_stages=2),
+}
+# fp32 products run on the FMA pipes, where small tiles keep the accumulators in registers.
+_ATTENTION_FP32 = AttentionConfig(block_m=32, block_n=32, num_warps=4, num_stages=2)
+
+
+def choose_attention(kernel: str, D: int, dtype: torch.dtype, arch: int) -> AttentionConfig:
+    """`kernel` is "fwd", "bwd_dq" or "bwd_dkv"."""
+    if dtype == torch.float32:
+        return _ATTENTION_FP32
+    return _ATTENTION[kernel, arch]
