@@ -9,7 +9,6 @@ import hashlib
 import math
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -90,12 +89,12 @@ def train(config: TrainConfig) -> Outcome:
             saved = position.step
 
     batches = data.batches(position.sample, config.batch, config.steps * config.batch)
-    with closing(batches), closing(log), _stop_signals() as stop, Display(console) as display:
+    with _stop_signals() as stop, closing(batches), closing(log), Display(console) as display:
         while True:
             position.seconds = time.monotonic() - begun
             progress = position.progress(config)
-            if stop.is_set() or progress == 1:
-                save()  # at the end, before the validation can fail
+            if position.step % config.save_every == 0 or progress == 1 or stop.is_set():
+                save()  # before the validation, which may fail
             if stop.is_set():
                 return Outcome(position.step, False, config.out / "model")
             if (position.step % config.validate_every == 0 or progress == 1) and position.step not in log.validated:
@@ -119,9 +118,7 @@ def train(config: TrainConfig) -> Outcome:
             }
             log.write(record)
             display.update(progress, record)
-            if position.step % config.save_every == 0:
-                save()
-    save_pretrained(model, config.out / "model", tokenizer)
+        save_pretrained(model, config.out / "model", tokenizer)
     return Outcome(position.step, True, config.out / "model")
 
 
@@ -246,7 +243,7 @@ def _stop_signals() -> Iterator[threading.Event]:
         if stop.is_set():
             os._exit(128 + number)
         stop.set()
-        print("\nStopping after this step; once more to stop at once.", file=sys.stderr, flush=True)
+        os.write(2, b"\nStopping after this step; once more to stop at once.\n")  # print is not safe in a handler
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -139,13 +139,8 @@ class Display:
     def __init__(self, console: Console):
         self.console = console
         self._plain_at, self._loss, self._rate, self._val = 0.0, None, None, None
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[text]}"),
-        )
-        self._bar = Progress(*columns, console=console, transient=False) if console.is_terminal else None
+        columns = (BarColumn(bar_width=10), TaskProgressColumn(), TextColumn("{task.fields[text]}"))
+        self._bar = Progress(*columns, console=console) if console.is_terminal else None
 
     def __enter__(self) -> "Display":
         if self._bar:
@@ -165,10 +160,10 @@ class Display:
             self._rate = _smoothed(self._rate, record["tokens_per_second"])
         parts = [f"step {record['step']:,}"]
         parts += [f"loss {self._loss:.3f}"] if self._loss is not None else []
-        parts += [f"validation {self._val:.3f}"] if self._val is not None else []
+        parts += [f"val {self._val:.3f}"] if self._val is not None else []
         parts += [f"{self._rate:,.0f} tokens/s"] if self._rate is not None else []
         parts += [f"ETA {timedelta(seconds=round(record['eta_seconds']))}"] if "eta_seconds" in record else []
-        text = "  ".join(parts)
+        text = " | ".join(parts)
         if self._bar:
             self._bar.update(self._task, completed=progress, text=text)
         elif "val_loss" in record or time.monotonic() - self._plain_at >= PLAIN_SECONDS:
