@@ -2,7 +2,7 @@
 
 With s = log2(e) * scale * q k^T, p = exp2(s - lse) and delta = sum_d(dout * out):
     dv = p^T dout      ds = p * (dout v^T - delta)      dq = scale * ds k      dk = scale * ds^T q
-dq is accumulated by rows, dk and dv by columns, each by its own kernel: no atomics, hence the same bits every time. Both
+dq is accumulated by rows, dk and dv by columns, each in its own kernel: no atomics, so the same bits every time. Both
 recompute q k^T and dout v^T, so that 7 products are issued where 5 are counted.
 """
 
@@ -207,7 +207,7 @@ def _accumulate_dkv(
     BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """dk += ds^T q and dv += p^T dout over the query tiles [lo, hi); MASKED: a query may stand before a key or at or after
+    """dk += ds^T q and dv += p^T dout over the query tiles [lo, hi). MASKED: a query may stand before a key, or at or past
     `query_end`, where the key's document ends."""
     offs_m = tl.arange(0, BLOCK_M)
     offs_main = tl.arange(0, D_MAIN)

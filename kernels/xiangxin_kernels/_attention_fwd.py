@@ -1,7 +1,7 @@
 """Device code of attention.py: what forward and backward share, the rotation of q and k, and the forward kernel.
 
-A head's D columns are held as [main | tail], two powers of two (80 = 64 + 16), and every product is taken per part, so that
-matrix work is issued for D columns and no more. D_TAIL = 0 removes the second part at compile time.
+A head's D columns are held as [main | tail], two powers of two (80 = 64 + 16), and every product is taken per part, so
+that matrix work is issued for D columns and no more. D_TAIL = 0 removes the second part at compile time.
 """
 
 import triton
@@ -10,8 +10,8 @@ import triton.language as tl
 
 @triton.jit
 def _tile_and_head(pid, tiles, heads, HEADS_PER_GROUP: tl.constexpr):
-    """Tile and head of a program: `HEADS_PER_GROUP` heads at a time (their keys fit in L2), first all their tiles 0, then
-    all their tiles 1. With the longest tile as 0, what still runs when the SMs run dry is short."""
+    """Tile and head of a program: `HEADS_PER_GROUP` heads at a time (their keys fit in L2), first all their tiles 0,
+    then all their tiles 1. With the longest tile as 0, what still runs when the SMs run dry is short."""
     group = pid // (tiles * HEADS_PER_GROUP)
     first = group * HEADS_PER_GROUP
     size = tl.minimum(heads - first, HEADS_PER_GROUP)
@@ -148,8 +148,8 @@ def _attend(
     DIAGONAL: tl.constexpr,
     DOCUMENTS: tl.constexpr,
 ):
-    """Online softmax over the key tiles [lo, hi). DIAGONAL: a query may stand before a key, keys end at hi; DOCUMENTS: its
-    document may start after a key; neither: every key is visible to every query."""
+    """Online softmax over the key tiles [lo, hi). DIAGONAL: a query may stand before a key, and keys end at hi.
+    DOCUMENTS: its document may start after a key. Neither: every key is visible to every query."""
     offs_n = tl.arange(0, BLOCK_N)
     offs_main = tl.arange(0, D_MAIN)
     for start_n in tl.range(lo, hi, BLOCK_N):

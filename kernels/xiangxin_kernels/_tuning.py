@@ -55,7 +55,7 @@ def choose_layer_norm(C: int, dtype: torch.dtype, arch: int) -> LayerNormConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """BLOCK_M query rows by BLOCK_N keys; the tiles of `heads_per_group` heads are scheduled together, longest first."""
+    """BLOCK_M queries by BLOCK_N keys; the tiles of `heads_per_group` heads are scheduled together, longest first."""
 
     block_m: int
     block_n: int

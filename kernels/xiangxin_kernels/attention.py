@@ -2,18 +2,19 @@
 
     out[t] = sum_s p[t, s] v[s]      p[t] = softmax over the visible s of scale * q[t] . k[s]      scale: D ** -0.5
 
-Query t stands at position q_start + t, key s at position s; a query sees the keys up to its own position, with segment_ids
-those of its own document: the run of equal ids that it stands in. With cos, sin the first R = 2 * cos.shape[1] dims of q
-and k are rotated first (rotate-half: dim i pairs with i + R/2).
+Query t stands at position q_start + t, key s at position s; a query sees the keys up to its own position, and with
+segment_ids only those of its own document, the run of equal ids that it stands in. With cos, sin the first
+R = 2 * cos.shape[1] dims of q and k are rotated first (rotate-half: dim i pairs with i + R/2).
 
 Shapes    q, out [B, T, H, D]   k, v [B, S, H, D], S >= q_start + T   cos, sin [>= q_start + T, R/2] fp32
           segment_ids [B, S] int   lse [B, H, T] fp32: log2 of the sum of 2 ** (log2(e) * scale * q k^T)
           bounds [2, B, S] int32: first position of each position's document, and the one past its last
 Saves     q, k, v, out, lse, and cos, sin, bounds if given
-Numerics  scores, softmax, accumulation and rotation in fp32; rotated q and k, probabilities and ds rounded to the dtype of q
-          before they enter a product. NaN and infinity reach what can see them; those of v also earlier rows of their tile,
-          through 0 * NaN (in torch all earlier rows).
-Limits    Triton: D in 16, 32, 48, 64, 80, 96, 128; last axes contiguous, other strides free. Gradients: q_start = 0, T = S.
+Numerics  scores, softmax, accumulation and rotation in fp32; rotated q and k, probabilities and ds rounded to the dtype
+          of q before they enter a product. NaN and infinity reach what can see them; those of v also earlier rows of
+          their tile, through 0 * NaN (in torch all earlier rows).
+Limits    Triton: D in 16, 32, 48, 64, 80, 96, 128; last axes contiguous, other strides free
+          Gradients: q_start = 0, T = S
 Source    Dao 2023, arXiv:2307.08691 (flash attention); Su et al. 2021, arXiv:2104.09864 (rotary embedding)
 """
 
@@ -34,7 +35,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def rotate_half_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the first R dims of x [B, T, H, D] by cos, sin [T, R/2]: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
+    """x [B, T, H, D] with its first R dims rotated by cos, sin [T, R/2]: (x1 cos - x2 sin, x2 cos + x1 sin)."""
     half = cos.shape[-1]
     cos, sin = cos[:, None, :], sin[:, None, :]
     x1, x2, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
@@ -42,7 +43,7 @@ def rotate_half_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def document_bounds(segment_ids: Tensor) -> Tensor:
-    """`bounds` of segment_ids [B, S]: where the run of equal ids around each position starts, and where it has ended."""
+    """`bounds` of segment_ids [B, S]: where the run of equal ids around each position starts, and where it ends."""
     B, S = segment_ids.shape
     position = torch.arange(S, dtype=torch.int32, device=segment_ids.device)
     edge = torch.ones(B, 1, dtype=torch.bool, device=segment_ids.device)
@@ -273,7 +274,7 @@ def attention(
     segment_ids: Tensor | None = None,
     q_start: int = 0,
 ) -> Tensor:
-    """Causal attention of q [B, T, H, D] over k, v [B, S, H, D]; returns [B, T, H, D]. The module's docstring has the rest.
+    """Causal attention of q [B, T, H, D] over k, v [B, S, H, D]; returns [B, T, H, D]. The module's docstring has more.
 
     Raises ValueError naming the argument whose shape, dtype, device or value does not fit.
     """

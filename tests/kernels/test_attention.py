@@ -1,0 +1,208 @@
+"""Numerics of attention: the torch path, and in the interpreter the Triton kernels."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from xiangxin_kernels import attention, attention_ref
+
+from tests.conftest import INTERPRET
+from tests.kernels.attention_inputs import documents, module, problem, rotary, use_tiles
+from tests.numerics import DOUT_LAYOUTS, assert_no_worse_than_torch, check_op
+
+pytestmark = [pytest.mark.interpreter] if INTERPRET else []
+
+TS = (1, 2, 15, 16, 17, 63, 64, 65, 113, 128, 200, 257)
+DS = (64, 80, 96, 128)
+ROTARY = (0, 16, 32, None)  # None: all of D
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+QKV = ("q", "k", "v")
+# Queries by keys: square, wider, higher, and "chosen" for those of _tuning.py.
+TILES = ((16, 16), "chosen", (16, 32), (32, 16))
+
+
+def pairwise():
+    """Every T with every D and every R, every D with every R; dtypes, tiles and documents spread over them."""
+    for i, T in enumerate(TS):
+        for j, D in enumerate(DS):
+            R = ROTARY[(i + j) % 4]
+            tiles = TILES[(i // 3 + j) % 4] if T <= 65 else ((32, 64), "chosen", (64, 32), "chosen")[(i + j // 2) % 4]
+            dtype = FLOATS[(i + 2 * j) % 3]
+            yield pytest.param(T, D, D if R is None else R, dtype, tiles, (i + j // 2) % 2 == 1)
+
+
+@pytest.mark.parametrize(("T", "D", "R", "dtype", "tiles", "packed"), pairwise())
+def test_holds_the_numerics_rule(T, D, R, dtype, tiles, packed, monkeypatch):
+    if tiles != "chosen":
+        use_tiles(monkeypatch, *tiles)
+    B, H = (2, 2) if T <= 17 else (1, 1)
+    inputs = problem(T, D, R, B=B, H=H, dtype=dtype)
+    inputs["segment_ids"] = documents(B, T) if packed else None
+    check_op(attention, attention_ref, inputs, wrt=QKV)
+
+
+# 16, 32: one part; 48: 32 + 16. R = 50: pairs that are no power of two apart; R = 80: pairs across the parts of 64 and 16.
+@pytest.mark.parametrize(("D", "R"), [(16, 0), (16, 16), (32, 10), (48, 40), (80, 2), (80, 50), (80, 80)])
+def test_other_head_dims_and_odd_rotary_widths(D, R, monkeypatch):
+    use_tiles(monkeypatch, 16, 16)
+    check_op(attention, attention_ref, problem(37, D, R, H=2), wrt=QKV)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_any_layout_of_dout(dtype, monkeypatch):
+    use_tiles(monkeypatch, 16, 32)
+    check_op(attention, attention_ref, problem(33, H=2, B=2, dtype=dtype), wrt=QKV, layouts=DOUT_LAYOUTS)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0])
+def test_scale(scale, monkeypatch):
+    use_tiles(monkeypatch, 16, 16)
+    op, ref = (partial(f, scale=scale) for f in (attention, attention_ref))
+    check_op(op, ref, problem(33), wrt=QKV, name="attention")
+
+
+def packed_in_every_way():
+    """segment_ids [1, 70]: one document, one token each, borders on, before and after the tiles of 16, and ids reused."""
+    yield pytest.param(torch.zeros(1, 70), id="one document")
+    yield pytest.param(torch.arange(70)[None], id="one token each")
+    for border in (15, 16, 17, 33, 48):
+        yield pytest.param((torch.arange(70) >= border)[None], id=f"border at {border}")
+    yield pytest.param(torch.repeat_interleave(torch.tensor([1, 0, 1, 0]), torch.tensor([5, 40, 3, 22]))[None])
+    yield pytest.param(torch.stack([torch.arange(70) // 23, torch.arange(70) // 50]), id="rows differ")
+
+
+@pytest.mark.parametrize("segment_ids", packed_in_every_way())
+@pytest.mark.parametrize("tiles", [(16, 16), (16, 32), (32, 16)], ids=str)
+def test_packed_documents_do_not_see_each_other(segment_ids, tiles, monkeypatch):
+    use_tiles(monkeypatch, *tiles)
+    inputs = problem(70, 32, 16, B=len(segment_ids)) | {"segment_ids": segment_ids.long()}
+    check_op(attention, attention_ref, inputs, wrt=QKV)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("q_start", "T", "S"), [(0, 5, 40), (1, 1, 2), (16, 16, 32), (37, 20, 70), (69, 1, 70)])
+def test_queries_from_the_middle(q_start, T, S, packed, dtype, monkeypatch):
+    use_tiles(monkeypatch, 16, 16)
+    inputs = problem(S, B=2, dtype=dtype) | {"segment_ids": documents(2, S) if packed else None}
+    whole = attention_ref(**{name: x.double() if name in QKV else x for name, x in inputs.items()})
+    inputs["q"] = inputs["q"][:, q_start : q_start + T]
+    op, ref = (partial(f, q_start=q_start) for f in (attention, attention_ref))
+    check_op(op, ref, inputs, wrt=(), name="attention")
+    # The reference's own idea of q_start: the rows of a full forward.
+    rows = whole[:, q_start : q_start + T]
+    exact = ref(**{name: x.double() if name in QKV else x for name, x in inputs.items()})
+    assert torch.allclose(exact, rows, rtol=0, atol=1e-12)
+
+
+# Phi-2's q and k reach a few hundred, where fp16 scores overflow (transformers#28163, mlc-llm#1870).
+def test_large_q_and_k_in_bf16():
+    inputs = problem(65, dtype=torch.bfloat16)
+    for name in ("q", "k"):
+        inputs[name] = (inputs[name] * 300 / inputs[name].abs().max()).to(torch.bfloat16)
+    check_op(attention, attention_ref, inputs, wrt=QKV)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_scores_past_the_range_of_fp16_stay_finite(dtype):
+    inputs = problem(40, dtype=dtype)
+    inputs["q"], inputs["k"] = (torch.full_like(inputs["q"], 300) for _ in range(2))
+    assert attention(**inputs).isfinite().all()
+
+
+# Equal maxima in a row with equal values round the same way every time: the bias behind arXiv 2510.04212.
+def test_no_bias_where_rows_have_several_equal_maxima(monkeypatch):
+    use_tiles(monkeypatch, 16, 16)
+    inputs = problem(64, R=0, dtype=torch.bfloat16)
+    inputs["k"] = inputs["k"][:, :1].expand(-1, 64, -1, -1).contiguous()
+    inputs["v"] = -inputs["v"].abs()
+    check_op(attention, attention_ref, inputs, wrt=QKV)
+
+
+# cuDNN was wrong for T % 128 == 64 with lse < -88.7 (pytorch#196678).
+def test_scores_all_far_below_zero(monkeypatch):
+    use_tiles(monkeypatch, 16, 16)
+    inputs = problem(49, R=0)
+    inputs["q"], inputs["k"] = 4 + inputs["q"].abs(), -4 - inputs["k"].abs()
+    check_op(attention, attention_ref, inputs, wrt=QKV)
+
+
+@pytest.mark.parametrize("name", QKV)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nan_and_infinity_reach_what_torch_lets_see_them(name, value, monkeypatch):
+    use_tiles(monkeypatch, 16, 16)
+    inputs = problem(50, R=0)
+    at = 20
+    inputs[name][0, at, 0, 3] = value
+    out, expected = attention(**inputs), attention_ref(**inputs)
+    # In torch a NaN of v also reaches the rows before it, through 0 * NaN; here at most those of its own tile.
+    earlier = torch.arange(50) < at
+    first = 16 if INTERPRET and name == "v" else at
+    assert torch.equal(out[:, ~earlier].isnan(), expected[:, ~earlier].isnan())
+    assert out[:, :first].isfinite().all()
+
+
+@pytest.mark.parametrize("name", QKV)
+def test_nan_reaches_the_gradients_torch_lets_it_reach(name, monkeypatch):
+    use_tiles(monkeypatch, 16, 16)
+    inputs = problem(50, R=0)
+    inputs[name][0, 20, 0, 3] = math.nan
+    for x in QKV:
+        inputs[x].requires_grad_()
+    seen = torch.autograd.grad(attention(**inputs)[:, 20:].sum(), [inputs[x] for x in QKV])
+    expected = torch.autograd.grad(attention_ref(**inputs)[:, 20:].sum(), [inputs[x] for x in QKV])
+    for x, a, b in zip(QKV, seen, expected, strict=True):
+        if x == "q":  # rows before the NaN
+            a, b = a[:, 20:], b[:, 20:]
+        assert not (a.isnan() & ~b.isnan()).any(), f"d{x} has NaN where torch has none"
+        assert torch.equal(a.isnan().any(dim=(0, 2, 3)), b.isnan().any(dim=(0, 2, 3))), f"rows of d{x}"
+
+
+# What flash-attn once got wrong: keys past the end, not masked, made NaN in dq when q and k were large.
+@pytest.mark.parametrize("T", [1, 2, 5, 17, 47])
+def test_nothing_past_the_end_is_read_into_a_result(T, monkeypatch):
+    use_tiles(monkeypatch, 16, 32)
+    given = problem(T)
+    padded = {name: torch.full((2, T + 40, 1, 80), math.nan) for name in QKV}
+    for name in QKV:
+        padded[name][:1, :T] = given[name]
+        given[name] = padded[name][:1, :T]
+    check_op(attention, attention_ref, given, wrt=QKV)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("T", [1, 33, 70])
+@pytest.mark.interpreter
+def test_lse(T, packed, dtype, monkeypatch):
+    use_tiles(monkeypatch, 16, 32)
+    inputs = problem(T, R=0, B=2, H=2, dtype=dtype)
+    segment_ids = documents(2, T) if packed else None
+    q, k, v = (inputs[name] for name in QKV)
+    bounds = None if segment_ids is None else module.document_bounds(segment_ids)
+    lse = torch.empty(2, 2, T)
+    module._attention_fwd(q, k, v, None, None, bounds, torch.empty_like(q), None, lse, 0.1, 0)
+
+    def ref(q, k):
+        scores = torch.einsum("bthd,bshd->bhts", q, k).to(torch.promote_types(q.dtype, torch.float32)) * 0.1
+        hidden = ~module.visible_keys(T, T, 0, segment_ids, q.device)
+        return scores.masked_fill(hidden, -math.inf).logsumexp(dim=-1) / math.log(2)
+
+    assert_no_worse_than_torch(lse, ref(q, k), ref(q.double(), k.double()), what="attention.lse")
+
+
+def test_position_2047_is_rotated_as_exactly_as_position_0():
+    cos, sin = rotary(2048, 32)
+    inputs = problem(64) | {"cos": cos[1984:].contiguous(), "sin": sin[1984:].contiguous()}
+    check_op(attention, attention_ref, inputs, wrt=QKV)
+
+
+def test_document_bounds_against_a_loop():
+    segment_ids = documents(3, 40, mean=4)
+    start, end = module.document_bounds(segment_ids)
+    for b in range(3):
+        ids = segment_ids[b].tolist()
+        for t in range(40):
+            run = [s for s in range(40) if len(set(ids[min(s, t) : max(s, t) + 1])) == 1]
+            assert (start[b, t], end[b, t]) == (run[0], run[-1] + 1)
