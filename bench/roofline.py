@@ -1,17 +1,17 @@
 """What the hardware can do: peak rates of the GPUs, issue rates of an SM's pipes, and the bounds that follow from them.
 
 Sources
-[A100]   NVIDIA A100 Tensor Core GPU Architecture (whitepaper, 2020): 108 SMs at 1.41 GHz, 312 TFLOP/s dense bf16 (1,024 FMA
-         per clock and SM), 64 FP32 and 64 INT32 lanes, 164 KB shared memory, 32 load/store units per SM, L2 reads of
-         5,120 bytes per clock in 80 slices of 64; A100-80G and A800-80G datasheets: 2,039 GB/s
-[H100]   NVIDIA H100 Tensor Core GPU Architecture (whitepaper, 2022): 132 SMs, 989.4 TFLOP/s dense bf16 (2,048 FMA per clock
-         and SM, so 1.83 GHz), 128 FP32 and 64 INT32 lanes, 228 KB shared memory; SXM5 datasheets: H100 3.35 TB/s,
-         H200 4.8 TB/s
-[Guide]  CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions", columns 8.0 and 9.0 (results per clock
-         and SM): FP32 64, 128; integer add, compare, logic, shift 64, 64; integer multiply-add 64, 64; special
-         functions 16, 16; warp shuffle 32, 32. "Features and Technical Specifications": registers, warps, blocks per SM
+[A100]   NVIDIA A100 Tensor Core GPU Architecture (whitepaper, 2020): 108 SMs at 1.41 GHz, 312 TFLOP/s dense bf16 (1,024
+         FMA per clock and SM), 64 FP32 and 64 INT32 lanes, 164 KB shared memory, 32 load/store units per SM, L2 reads
+         of 5,120 bytes per clock in 80 slices of 64. Datasheets of A100-80G and A800-80G: 2,039 GB/s
+[H100]   NVIDIA H100 Tensor Core GPU Architecture (whitepaper, 2022): 132 SMs, 989.4 TFLOP/s dense bf16 (2,048 FMA per
+         clock and SM, so 1.83 GHz), 128 FP32 and 64 INT32 lanes, 228 KB shared memory. Datasheets, SXM5: H100
+         3.35 TB/s, H200 4.8 TB/s
+[Guide]  CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions", columns 8.0 and 9.0 (results per
+         clock and SM): FP32 64, 128; integer add, compare, logic, shift 64, 64; integer multiply-add 64, 64; special
+         functions 16, 16; warp shuffle 32, 32. "Features and Technical Specifications": registers, warps, blocks
 [Sun22]  Sun, Li, Geng, Stuijk, Corporaal, arXiv:2206.02874: mma.sync m16n8k16 reaches the peak of the A100
-[Luo24]  Luo et al., arXiv:2402.13499 and 2501.12084: on Hopper mma.sync reaches about 63% of the peak, wgmma nearly all of it
+[Luo24]  Luo et al., arXiv:2402.13499, 2501.12084: on Hopper mma.sync reaches about 63% of the peak, wgmma nearly all
 
 Assumed, not published: F2FP (two floats to a packed pair) at half the rate of the integer pipe; 128 bytes per clock for
 shared memory on both (32 banks of 4 bytes), which HGMMA's operands use too; 64 bytes per clock and SM from L2.
@@ -118,3 +118,21 @@ def pipe_cycles(counts: Counts, warps: float, arch: int, bulk_bytes: int = 0) ->
         "l2": loads / sm.l2_bytes,
         "issue": lanes * counts.instructions / sm.issue,
     }
+
+
+def overlapped(cycles: dict[str, float]) -> float:
+    """What pipes that work side by side take together: the 4-norm, so that a second busy pipe costs something."""
+    return sum(c**4 for c in cycles.values()) ** 0.25
+
+
+def loop_cycles(counts: Counts, warps: float, arch: int, bulk_bytes: int = 0) -> float:
+    """Expected SM cycles of one pass through a hot loop at full efficiency.
+
+    Floating-point work in a loop with tensor-core work stands between two of its products (softmax): those take turns.
+    Addresses and copies depend on neither.
+    """
+    pipes = pipe_cycles(counts, warps, arch, bulk_bytes)
+    if not (counts.flops and counts.fp32 + counts.mufu):
+        return overlapped(pipes)
+    vector = max(pipes[pipe] for pipe in ("fma", "alu", "mufu", "issue"))
+    return overlapped({"chain": pipes["tensor"] + vector, "shared": pipes["shared"], "l2": pipes["l2"]})

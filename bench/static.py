@@ -18,10 +18,12 @@ from rich.table import Table
 
 from bench import sass
 from bench.cases import SHAPES
-from bench.roofline import REPORTED, blocks_per_sm, pipe_cycles
+from bench.roofline import REPORTED, blocks_per_sm, loop_cycles, overlapped, pipe_cycles
 from bench.static_cases import CHECKS, OPS, Work
 from bench.static_compile import DTYPES, Compiled, CompileError, Job, compile_all, find_case
 from bench.ttir import i32_offset_products
+
+ATTAINABLE = 0.85
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Row:
     limiter: str
     floor_us: float  # roofline at the Phi shape
     bound_us: float  # every pipe overlaps perfectly
-    serial_us: float  # tensor cores and the rest take turns
+    estimate_us: float  # what to expect: see the docstring of bench.static
     peak_fraction: float  # roofline / bound: the most this config can reach
     offset_products: list[str]
 
@@ -93,7 +95,13 @@ def analyze(job: Job, compiled: Compiled, work: Work) -> Row:
     seconds = {pipe: cycles / (gpu.sms * gpu.clock) for pipe, cycles in total.items()}
     seconds["memory"] = work.bytes / gpu.bandwidth
     limiter = max(seconds, key=seconds.__getitem__)
-    vector = max(seconds[pipe] for pipe in seconds if pipe != "tensor")
+    blocks = blocks_per_sm(job.arch, compiled.threads, listing.registers, compiled.shared)
+    passes = [
+        weight * loop_cycles(loop, warps, job.arch, compiled.bulk_bytes)
+        for loop, weight in zip(loops, weights, strict=True)
+    ]
+    around = bodies * overlapped(pipe_cycles(rest, warps, job.arch)) / max(1, blocks if loops else 1)
+    estimate = max((sum(passes) + around) / (gpu.sms * gpu.clock), seconds["memory"]) / ATTAINABLE
     floor = max(work.flops / gpu.flops, work.bytes / gpu.bandwidth)
     issued = sum(weight * loop.flops for loop, weight in zip(loops, weights, strict=True)) * warps + (
         bodies * warps * rest.flops
@@ -106,7 +114,7 @@ def analyze(job: Job, compiled: Compiled, work: Work) -> Row:
     return Row(
         case=job.case, kernel=compiled.kernel, arch=job.arch, dtype=job.dtype, config=compiled.config,
         registers=listing.registers, shared=compiled.shared, warps=compiled.threads // 32,
-        blocks_per_sm=blocks_per_sm(job.arch, compiled.threads, listing.registers, compiled.shared),
+        blocks_per_sm=blocks,
         spills_in_loop=spilled, spills_elsewhere=whole.spill_loads + whole.spill_stores - spilled,
         tensor=dict(first.tensor), flops_ratio=issued / work.flops if work.flops else 0.0,
         instructions={
@@ -118,7 +126,7 @@ def analyze(job: Job, compiled: Compiled, work: Work) -> Row:
         warp_specialized=specialized,
         cycles={k: round(v, 1) for k, v in pipe_cycles(first, warps, job.arch, compiled.bulk_bytes).items()},
         limiter=limiter, floor_us=floor * 1e6, bound_us=seconds[limiter] * 1e6,
-        serial_us=(seconds["tensor"] + vector) * 1e6, peak_fraction=floor / seconds[limiter],
+        estimate_us=estimate * 1e6, peak_fraction=floor / seconds[limiter],
         offset_products=i32_offset_products(compiled.ttir),
     )  # fmt: skip
 
@@ -130,7 +138,7 @@ def jobs_of(
     jobs = []
     for case in OPS[op](SHAPES["phi"]):
         for arch in archs:
-            wanted = [None] if configs is None else case.candidates.get(arch, ()) if configs == "candidates" else configs
+            wanted = case.candidates.get(arch, ()) if configs == "candidates" else configs or [None]
             for dtype in dtypes:
                 for config in wanted:
                     fields = config and tuple(dataclasses.asdict(config).items())
@@ -140,12 +148,10 @@ def jobs_of(
 
 def examine(jobs: list[Job], workers: int = 2, progress: bool = True) -> dict[Job, list[Row] | CompileError]:
     """Compiles and reads all jobs; a job that fails to compile maps to its CompileError."""
-    with Progress(
-        TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[now]}"),
-        console=Console(stderr=True), transient=True, disable=not progress,
-    ) as bar:  # fmt: skip
-        task = bar.add_task("compiling", total=len(jobs), now="")
-        compiled = compile_all(jobs, workers, lambda job: bar.update(task, advance=1, now=str(job)))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not progress) as bar:
+        task = bar.add_task("compiling", total=len(jobs))
+        compiled = compile_all(jobs, workers, lambda job: bar.update(task, advance=1, description=str(job)))
     results: dict[Job, list[Row] | CompileError] = {}
     for job, made in compiled.items():
         if isinstance(made, CompileError):
@@ -164,8 +170,8 @@ def table(results: dict[Job, list[Row] | CompileError]) -> Table:
     for name in ("kernel", "arch", "config"):
         out.add_column(name, overflow="fold")
     for name in (
-        "regs", "smem KB", "warps x blocks", "spills loop/else", "instr", "mufu fp32 int", "issued/useful", "wide", "bulk",
-        "tensor cyc", "limit cyc", "floor us", "bound us", "no overlap", "at most",
+        "regs", "smem KB", "warps x blocks", "spills loop/else", "instr", "mufu fp32 int", "issued/useful", "wide",
+        "bulk", "tensor cyc", "limit cyc", "floor us", "bound us", "expected", "at most",
     ):  # fmt: skip
         out.add_column(name, justify="right")
     for job, rows in results.items():
@@ -175,12 +181,12 @@ def table(results: dict[Job, list[Row] | CompileError]) -> Table:
         for r in rows:
             i = r.instructions
             out.add_row(
-                f"{r.case} {r.kernel}", str(r.arch), " ".join(f"{v}" for v in r.config.values()), str(r.registers),
+                f"{r.case} {r.kernel.removeprefix('_').removesuffix('_kernel')}", str(r.arch), " ".join(f"{v}" for v in r.config.values()), str(r.registers),
                 f"{r.shared / 1024:.0f}", f"{r.warps} x {r.blocks_per_sm}", f"{r.spills_in_loop}/{r.spills_elsewhere}",
                 str(i["all"]), f"{i['mufu']} {i['fp32']} {i['int']}", f"{r.flops_ratio:.2f}", f"{r.wide_fraction:.2f}",
                 " ".join(f"{v} {k}" for k, v in r.bulk.items()), f"{r.cycles['tensor']:.0f}",
                 f"{max(r.cycles.values()):.0f} {max(r.cycles, key=r.cycles.__getitem__)}", f"{r.floor_us:.0f}",
-                f"{r.bound_us:.0f} {r.limiter}", f"{r.serial_us:.0f}", f"{100 * r.peak_fraction:.0f}%",
+                f"{r.bound_us:.0f} {r.limiter}", f"{r.estimate_us:.0f}", f"{100 * r.peak_fraction:.0f}%",
             )  # fmt: skip
     return out
 
@@ -199,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", action="append", choices=sorted(OPS), help="an op; may be given again")
     parser.add_argument("--arch", action="append", type=int, choices=(80, 90), help="default both")
     parser.add_argument("--dtype", action="append", choices=sorted(DTYPES), help="default bf16")
-    parser.add_argument("--candidates", action="store_true", help="every candidate of the sweep, not the chosen configs")
+    parser.add_argument("--candidates", action="store_true", help="those of the sweep, not the chosen configs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--workers", type=int, default=2, help="compiler processes")
     parser.add_argument("--triton", action="store_true", help="print the version of Triton that compiles, and stop")

@@ -1,22 +1,25 @@
 """The kernels as `bench.static` and `bench.tune` see them: per op a function of the shape that lists its cases.
 
 To add an op: (1) write `def <op>(s: Shape) -> list[Case]`, a case per config in `_tuning.py`; (2) `tensors(new)` makes
-what its launcher takes (`new(rows, columns)`, in the dtype under test unless told), `launch` calls the launcher;
+what its launcher takes (`new(rows, columns)`, in the dtype under test unless told), `launch` calls the launcher's op;
 (3) `work` names the kernels that config is for, with useful FLOPs, bytes moved at least, and how often the hot loop of
 each runs, summed over the grid; (4) list `candidates` for the sweep; (5) enter the function in OPS below.
 The launch itself (arguments, grid, warps) is taken from the launcher, so that what is bounded is what will run.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
+from xiangxin_kernels._tuning import AttentionConfig
 
 from bench import static_checks
 from bench.cases import Shape
-
 
 Arguments = Mapping[str, Any]
 """What a launch passed to its kernel, by parameter name, tensors included; "grid" is the number of programs."""
@@ -45,9 +48,158 @@ class Case:
     chooser: str
     tensors: Callable[[Callable[..., Tensor]], dict[str, Tensor]]
     launch: Callable[[dict[str, Tensor]], None]
-    reference: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     work: Mapping[str, Work]
     candidates: Mapping[int, tuple] = field(default_factory=dict)
+
+
+def _kernels(name: str) -> ModuleType:
+    """A kernel file as a module: the front door gives its function instead."""
+    return import_module(f"xiangxin_kernels.{name}")
+
+
+def layer_norm(s: Shape) -> list[Case]:
+    N, C, module = s.N, s.config.channels, _kernels("layer_norm")
+    rows, statistics = ("x", "y", "dout", "dresidual", "dx"), ("mean", "rstd")
+    fwd, bwd = ("x", "weight", "bias", "y", "mean", "rstd"), (
+        "dout", "x", "weight", "mean", "rstd", "dresidual", "dx", "partial"
+    )  # fmt: skip
+
+    def tensors(new: Callable[..., Tensor]) -> dict[str, Tensor]:
+        return (
+            {name: new(N, C) for name in rows}
+            | {name: new(N, dtype=torch.float32) for name in statistics}
+            | {"weight": new(C), "bias": new(C), "partial": new(2, 528, C, dtype=torch.float32)}
+        )
+
+    def case(part: str, launch: Callable[[dict[str, Tensor]], None], work: Work) -> Case:
+        return Case(
+            name=f"layer_norm/{part}",
+            module=module,
+            chooser="choose_layer_norm",
+            tensors=tensors,
+            launch=launch,
+            work={f"_layer_norm_{part}_kernel": work},
+        )
+
+    return [
+        case("fwd", lambda t: module._layer_norm_fwd(*(t[n] for n in fwd), s.config.eps), Work(bytes=N * (4 * C + 8))),
+        case(
+            "bwd",
+            lambda t: module._layer_norm_bwd(*(t[n] for n in bwd)),
+            Work(bytes=N * (8 * C + 8), trips=lambda a: (N,)),
+        ),
+    ]
+
+
+def _attention_candidates(rows: dict[int, list[tuple[int, int, int, int]]]) -> dict[int, tuple[AttentionConfig, ...]]:
+    return {arch: tuple(AttentionConfig(*row) for row in configs) for arch, configs in rows.items()}
+
+
+ATTENTION_CANDIDATES = {
+    "fwd": _attention_candidates({
+        80: [(128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3),
+             (64, 128, 4, 2), (128, 32, 4, 3), (128, 32, 8, 3), (128, 128, 8, 2)],
+        90: [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (64, 128, 4, 2), (64, 64, 4, 2),
+             (64, 64, 4, 3), (128, 32, 8, 3)],
+    }),
+    "bwd_dq": _attention_candidates({
+        80: [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 32, 4, 2), (64, 32, 4, 2), (128, 32, 8, 2)],
+        90: [(128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 128, 4, 2)],
+    }),
+    "bwd_dkv": _attention_candidates({
+        80: [(64, 64, 4, 2), (32, 64, 4, 2), (32, 128, 8, 2), (64, 128, 8, 2), (32, 128, 4, 2), (64, 64, 4, 3)],
+        90: [(64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 2), (128, 128, 8, 2), (32, 128, 8, 2)],
+    }),
+}  # fmt: skip
+
+
+def attention(s: Shape) -> list[Case]:
+    B, T, H, D, R = s.B, s.T, s.config.heads, s.config.head_dim, s.config.rotary_dim
+    module, scale = _kernels("attention"), s.config.head_dim**-0.5
+    rows = ("q", "k", "v", "out", "copy", "dout", "dq", "dk", "dv")
+    pairs, tensor_bytes = B * H * T * (T + 1) // 2, 2 * B * T * H * D
+
+    def tensors(new: Callable[..., Tensor]) -> dict[str, Tensor]:
+        return (
+            {name: new(B, T, H, D) for name in rows}
+            | {name: new(B, H, T, dtype=torch.float32) for name in ("lse", "delta")}
+            | {name: new(T, R // 2, dtype=torch.float32) for name in ("cos", "sin")}
+        )
+
+    def forward(t: dict[str, Tensor]) -> None:
+        module._attention_fwd(
+            t["q"], t["k"], t["v"], None, None, None, t["out"], t["copy"], t["lse"], scale, 0
+        )  # fmt: skip
+
+    def backward(t: dict[str, Tensor]) -> None:
+        names = ("q", "k", "v", "out", "dout", "lse", "cos", "sin")
+        written = ("dq", "dk", "dv", "delta")
+        module._attention_bwd(*(t[n] for n in names), None, *(t[n] for n in written), scale)
+
+    def by_query_tile(a: Arguments) -> tuple[int, int]:
+        full = [(start + 1) // a["BLOCK_N"] for start in range(0, T, a["BLOCK_M"])]
+        ends = [min(start + a["BLOCK_M"], T) for start in range(0, T, a["BLOCK_M"])]
+        diagonal = sum(math.ceil(end / a["BLOCK_N"]) - n for end, n in zip(ends, full, strict=True))
+        return B * H * sum(full), B * H * diagonal
+
+    def by_key_tile(a: Arguments) -> tuple[int, int]:
+        diagonal = full = 0
+        for start in range(0, T, a["BLOCK_N"]):
+            end = min(math.ceil((start + a["BLOCK_N"] - 1) / a["BLOCK_M"]), math.ceil(T / a["BLOCK_M"]))
+            diagonal += end - start // a["BLOCK_M"]
+            full += math.ceil(T / a["BLOCK_M"]) - end
+        return B * H * diagonal, B * H * full
+
+    def case(part: str, launch: Callable, products: int, moved: int, trips: Callable) -> Case:
+        return Case(
+            name=f"attention/{part}",
+            module=module,
+            chooser="choose_attention",
+            tensors=tensors,
+            launch=launch,
+            work={
+                f"_attention_{part}_kernel": Work(
+                    bytes=moved * tensor_bytes, flops=2 * products * pairs * D, trips=trips
+                )
+            },
+            candidates=ATTENTION_CANDIDATES[part],
+        )
+
+    return [
+        case("fwd", forward, 2, 5, by_query_tile),
+        case("bwd_dq", backward, 3, 6, by_query_tile),
+        case("bwd_dkv", backward, 4, 6, by_key_tile),
+    ]
+
+
+def cross_entropy(s: Shape) -> list[Case]:
+    """In chunks of 2,048 rows, as linear_cross_entropy drives the kernel."""
+    N, V, module = 2048, s.config.vocab, _kernels("cross_entropy")
+
+    def tensors(new: Callable[..., Tensor]) -> dict[str, Tensor]:
+        return (
+            {"z": new(N, V), "targets": new(N, dtype=torch.int64)}
+            | {name: new(N, dtype=torch.float32) for name in ("peak", "log_sum", "loss", "dloss")}
+        )  # fmt: skip
+
+    def forward(t: dict[str, Tensor]) -> None:
+        module._cross_entropy_fwd(t["z"], t["targets"], t["peak"], t["log_sum"], t["loss"], -100, 0.0, 0.0)
+
+    def backward(t: dict[str, Tensor]) -> None:
+        names = ("z", "z", "targets", "peak", "log_sum", "dloss")
+        module._cross_entropy_bwd(*(t[n] for n in names), -100, 0.0, 0.0)
+
+    def case(part: str, launch: Callable[[dict[str, Tensor]], None], moved: int) -> Case:
+        return Case(
+            name=f"cross_entropy/{part}",
+            module=module,
+            chooser="choose_cross_entropy",
+            tensors=tensors,
+            launch=launch,
+            work={"_cross_entropy_kernel": Work(bytes=moved, trips=lambda a: (N * math.ceil(V / a["BLOCK_V"]),))},
+        )
+
+    return [case("fwd", forward, 2 * N * V), case("bwd", backward, 4 * N * V)]
 
 
 def check_matmul(s: Shape) -> list[Case]:
@@ -65,7 +217,6 @@ def check_matmul(s: Shape) -> list[Case]:
             chooser="choose_check_matmul",
             tensors=lambda new: {"a": new(M, K), "b": new(K, N), "b_t": new(N, K), "c": new(M, N)},
             launch=static_checks.check_matmul,
-            reference=lambda t: {"c": t["a"] @ t["b"]},
             work={"_check_matmul_kernel": work, "_check_matmul_descriptor_kernel": work},
             candidates=static_checks.MATMUL_CANDIDATES,
         )
@@ -88,7 +239,6 @@ def check_attention(s: Shape) -> list[Case]:
             chooser="choose_check_attention",
             tensors=lambda new: {name: new(heads, s.T, D) for name in ("q", "k", "v", "out")},
             launch=static_checks.check_attention,
-            reference=static_checks.check_attention_ref,
             work={"_check_attention_kernel": Work(bytes=8 * heads * s.T * D, flops=4 * pairs * D, trips=trips)},
             candidates=static_checks.ATTENTION_CANDIDATES,
         )
@@ -97,6 +247,9 @@ def check_attention(s: Shape) -> list[Case]:
 
 
 OPS: dict[str, Callable[[Shape], list[Case]]] = {
+    "layer_norm": layer_norm,
+    "attention": attention,
+    "cross_entropy": cross_entropy,
     "check_matmul": check_matmul,
     "check_attention": check_attention,
 }

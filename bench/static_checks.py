@@ -7,7 +7,6 @@ Nothing ships with them. `bench.static` bounds them so that its model can be hel
 import math
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -183,8 +182,3 @@ def check_attention(t: dict[str, Tensor]) -> None:
         t["q"], t["k"], t["v"], t["out"], T, t["q"].stride(0), t["q"].stride(1), D**-0.5 * math.log2(math.e),
         D=D, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, num_warps=cfg.num_warps, num_stages=cfg.num_stages,
     )  # fmt: skip
-
-
-def check_attention_ref(t: dict[str, Tensor]) -> dict[str, Tensor]:
-    q, k, v = (t[name][None] for name in ("q", "k", "v"))
-    return {"out": F.scaled_dot_product_attention(q, k, v, is_causal=True)[0]}

@@ -1,12 +1,13 @@
 """Compiles the kernels of a case without a GPU, in worker processes, and keeps what came out.
 
-The launcher runs on meta tensors while `JITFunction.run` is replaced: the arguments, their specialisation, the grid and
-the launch options are those of a real launch. A compiler crash takes a worker with it and becomes that case's result.
-Results are cached by what they depend on: kernel sources, arguments, architecture, Triton version.
+The launcher runs on empty CPU tensors while `JITFunction.run` is replaced: the arguments, their specialisation, the
+grid and the launch options are those of a real launch. A compiler crash takes a worker with it and becomes that job's
+result. Results are cached by what they depend on: kernel sources, arguments, architecture, Triton version.
 """
 
 import contextlib
 import dataclasses
+import functools
 import gzip
 import hashlib
 import json
@@ -54,6 +55,7 @@ class Job:
 class Launch:
     kernel: JITFunction
     arguments: dict[str, Any]  # by parameter name; also "grid" and the launch options
+    config: dict[str, Any]
     run: Callable[[], Any]  # compiles, launches nothing
 
 
@@ -102,8 +104,9 @@ class _Driver:
 @contextlib.contextmanager
 def forced(case: Case, arch: int | None, config: tuple[tuple[str, Any], ...] | None) -> Iterator[list]:
     """Makes the launcher of `case` see that architecture and config; yields a list of the configs it used."""
-    choose, arch_of = getattr(case.module, case.chooser), case.module.arch_of
-    used = []
+    names = (case.chooser, "arch_of", "use_triton")
+    replaced = {name: getattr(case.module, name) for name in names if hasattr(case.module, name)}
+    choose, used = replaced[case.chooser], []
 
     def chosen(*arguments, **keywords):
         used.append(dataclasses.replace(choose(*arguments, **keywords), **dict(config or ())))
@@ -112,15 +115,16 @@ def forced(case: Case, arch: int | None, config: tuple[tuple[str, Any], ...] | N
     setattr(case.module, case.chooser, chosen)
     if arch is not None:
         case.module.arch_of = lambda device: arch
+        case.module.use_triton = lambda x: True
     try:
         yield used
     finally:
-        setattr(case.module, case.chooser, choose)
-        case.module.arch_of = arch_of
+        for name, function in replaced.items():
+            setattr(case.module, name, function)
 
 
-def capture(job: Job) -> tuple[list[Launch], dict[str, Any]]:
-    """The launches of a job, in order, restricted to the kernels its case names; and the config they use."""
+def capture(job: Job) -> list[Launch]:
+    """The launches of a job, in order, restricted to the kernels its case names."""
     case, dtype, launches = find_case(job.case), DTYPES[job.dtype], []
     original = JITFunction.run
 
@@ -133,10 +137,11 @@ def capture(job: Job) -> tuple[list[Launch], dict[str, Any]]:
         programs = sizes[0] * (sizes[1] if len(sizes) > 1 else 1) * (sizes[2] if len(sizes) > 2 else 1)
         arguments = {**bound.arguments, **options, "grid": programs}
         if self.__name__ in case.work:
-            launches.append(Launch(self, arguments, lambda: original(self, *args, grid=grid, warmup=True, **kwargs)))
+            compile_it = functools.partial(original, self, *args, grid=grid, warmup=True, **kwargs)
+            launches.append(Launch(self, arguments, dataclasses.asdict(used[-1]), compile_it))
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+        return torch.empty(shape, dtype=dtype)  # address space, not memory: nothing touches it
 
     JITFunction.run = record
     try:
@@ -144,7 +149,7 @@ def capture(job: Job) -> tuple[list[Launch], dict[str, Any]]:
             case.launch(case.tensors(new))
     finally:
         JITFunction.run = original
-    return launches, dataclasses.asdict(used[0])
+    return launches
 
 
 def _describe(value: Any) -> str:
@@ -196,10 +201,10 @@ def _bulk_bytes(ttgir: str) -> int:
     return depths[deepest] if deepest else 0
 
 
-def compile_job(job: Job) -> tuple[str, list[Compiled]]:
-    """Compiles in this process; returns the cache key and what came out, a Compiled per launch."""
+def compile_job(job: Job) -> list[Compiled]:
+    """Compiles in this process; returns what came out, one for each launch."""
     triton.runtime.driver.set_active(_Driver(job.arch))
-    launches, config = capture(job)
+    launches = capture(job)
     out = []
     for launch in launches:
         kernel = launch.run()
@@ -208,7 +213,7 @@ def compile_job(job: Job) -> tuple[str, list[Compiled]]:
             Compiled(
                 kernel=launch.kernel.__name__,
                 numbers={k: v for k, v in launch.arguments.items() if isinstance(v, (int, float))},
-                config=config,
+                config=launch.config,
                 threads=int(threads[1]),
                 shared=kernel.metadata.shared,
                 sass=_disassemble(kernel.asm["cubin"]),
@@ -216,7 +221,7 @@ def compile_job(job: Job) -> tuple[str, list[Compiled]]:
                 bulk_bytes=_bulk_bytes(kernel.asm["ttgir"]),
             )
         )
-    return key_of(job, launches), out
+    return out
 
 
 def cache_dir() -> Path:
@@ -291,7 +296,7 @@ def compile_all(
     results: dict[Job, list[Compiled] | CompileError] = {}
     missing: list[tuple[Job, Path]] = []
     for job in jobs:
-        launches, _ = capture(job)
+        launches = capture(job)
         path = cache_dir() / f"{key_of(job, launches)}.json.gz"
         held = _load(path)
         if held is None:
@@ -328,7 +333,7 @@ def _serve() -> None:
         config = fields.pop("config")
         job = Job(**fields, config=config and tuple((k, v) for k, v in config))
         try:
-            _, result = compile_job(job)
+            result = compile_job(job)
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]
             result = f"{type(error).__name__}: {lines[0][:300]}"

@@ -27,7 +27,8 @@ def _constant(text: str) -> int | None:
 
 
 def _join(values: list[_Value]) -> _Value:
-    return _Value(max((v.position for v in values), default=0), None, next((v.product for v in values if v.product), None))
+    product = next((v.product for v in values if v.product), None)
+    return _Value(max((v.position for v in values), default=0), None, product)
 
 
 def _multiply(a: _Value, b: _Value, narrow: bool, line: str) -> _Value:
@@ -48,7 +49,7 @@ def i32_offset_products(ttir: str) -> list[str]:
     regions: list[tuple[str | None, list[str]]] = []  # of open braces: the result of the op, its loop-carried values
 
     def operands(text: str) -> list[_Value]:
-        return [values.get(name.partition("#")[0] if name not in values else name, _Value()) for name in _VALUE.findall(text)]
+        return [values.get(name, _Value()) for name in _VALUE.findall(text)]
 
     for _ in range(3):  # loop-carried values settle
         for line in ttir.splitlines():
@@ -69,7 +70,7 @@ def i32_offset_products(ttir: str) -> list[str]:
                     if n < len(carried):
                         values[carried[n]] = _join([values.get(carried[n], _Value()), value])
                     if owner:
-                        result = owner if len(given) == 1 else f"{owner}#{n}"
+                        result = f"{owner}#{n}" if len(given) > 1 else owner
                         values[result] = _join([values.get(result, _Value()), value])
             elif code.rstrip().endswith("{") and not text.startswith("}"):
                 regions.append((name, []))
