@@ -1,19 +1,21 @@
 """Cross-entropy, plain and fused with the projection to the vocabulary, whose logits are never held.
 
     z[n]    = x[n] weight^T + bias                            (the plain op is given z)
-    lse[n]  = log sum_j exp z[n, j]
+    lse[n]  = peak[n] + log total[n]            peak = max_j z[n, j], total = sum_j exp(z[n, j] - peak[n])
     loss[n] = (1 - s) (lse[n] - z[n, t]) + s (lse[n] - mean_j z[n, j]) + z_loss lse[n]^2
     dz[n,j] = p[n, j] (1 + 2 z_loss lse[n]) - (1 - s) [j = t] - s / V
     with t = targets[n], s = label_smoothing, p = exp(z - lse)
 
 Rows whose target is ignore_index count for nothing; "mean" divides by the number of the others, at least 1.
 
-Shapes    logits [N, V]   x [N, C]   weight [V, C]   bias [V] or None   targets [N] int64   lse, loss [N] fp32
+Shapes    logits [N, V]   x [N, C]   weight [V, C]   bias [V] or None   targets [N] int64
+          loss, lse, peak, total [N] fp32
 Method    Rows go in chunks whose logits fit a workspace. Per chunk: one GEMM, one kernel that turns the logits in place
           into loss, lse and dz, then the gradient GEMMs at once, so that the backward only scales. With per-token
           losses the upstream gradient must enter before the sum over rows: there the backward makes the logits again.
-Saves     plain: logits, lse.   fused, "mean" and "sum": the gradients.   fused, "none": x, weight, bias, lse
-Numerics  softmax and dz in fp32, rounded once; dW and db accumulated in fp32 over chunks in ascending order
+Saves     peak, total and the logits (plain) or x, weight, bias (fused, "none"); fused "mean", "sum": the gradients
+Numerics  softmax and dz in fp32, rounded once; dW and db accumulated in fp32 over chunks in ascending order. peak and
+          total stay apart: at |z| = 1e4 the rounding of lse would cost p three digits, and a confident loss all
 Limits    a target outside [0, V) that is not ignore_index: ValueError on a CPU; on a device the row's loss and gradient
           are NaN (asking would wait for the device) and nothing out of bounds is touched
 Source    Milakov, Gimelshein 2018, arXiv:1805.02867 (online softmax); Szegedy et al. 2015, arXiv:1512.00567, section 7
@@ -67,7 +69,8 @@ def _cross_entropy_kernel(
     z_ptr,
     dz_ptr,
     targets_ptr,
-    lse_ptr,
+    peak_ptr,
+    total_ptr,
     loss_ptr,
     dloss_ptr,
     z_stride_n,
@@ -82,7 +85,7 @@ def _cross_entropy_kernel(
     SMOOTH: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One row: FORWARD makes lse and loss; WRITE_DZ makes dz, in the backward scaled by dloss. dz may be z."""
+    """One row: FORWARD makes its statistics and loss; WRITE_DZ makes dz, in the backward times dloss. dz may be z."""
     row = tl.program_id(0).to(tl.int64)
     z_row = z_ptr + row * z_stride_n
     target = tl.load(targets_ptr + row)
@@ -107,24 +110,29 @@ def _cross_entropy_kernel(
             z_target += tl.sum(tl.where(start + offs_v == target, z, 0.0), 0)
             if SMOOTH:
                 z_sum += tl.sum(tl.where(mask_v, z, 0.0), 0)
-        lse = tl.where(m_i == float("-inf"), 0.0, m_i) + tl.log(l_i)
-        loss = (1.0 - label_smoothing) * (lse - z_target) + z_loss * lse * lse
+        peak = tl.where(m_i == float("-inf"), 0.0, m_i)
+        log_total = tl.log(l_i)
+        lse = peak + log_total
+        loss = (1.0 - label_smoothing) * (peak - z_target + log_total) + z_loss * lse * lse
         if SMOOTH:
-            loss += label_smoothing * (lse - z_sum / V)
-        tl.store(lse_ptr + row, lse)
+            loss += label_smoothing * (peak - z_sum / V + log_total)
+        tl.store(peak_ptr + row, peak)
+        tl.store(total_ptr + row, l_i)
         tl.store(loss_ptr + row, tl.where(ignored, 0.0, loss) + poison)
     else:
-        lse = tl.load(lse_ptr + row)
+        peak = tl.load(peak_ptr + row)
+        l_i = tl.load(total_ptr + row)
+        lse = peak + tl.log(l_i)
 
     if WRITE_DZ:
         dloss = 1.0 + poison
         if not FORWARD:
             dloss = tl.load(dloss_ptr + row * dloss_stride_n).to(tl.float32) + poison
-        p_scale = 1.0 + 2.0 * z_loss * lse
+        p_scale = (1.0 + 2.0 * z_loss * lse) / l_i
         for start in range(0, V, BLOCK_V):
             mask_v = start + offs_v < V
             z = tl.load(z_row + start + offs_v, mask=mask_v, other=float("-inf")).to(tl.float32)
-            dz = tl.exp2((z - lse) * LOG2E) * p_scale
+            dz = tl.exp2((z - peak) * LOG2E) * p_scale
             if SMOOTH:
                 dz -= label_smoothing / V
             dz = tl.where(start + offs_v == target, dz - (1.0 - label_smoothing), dz) * dloss
@@ -145,21 +153,25 @@ def _check_targets(targets: Tensor, V: int, ignore_index: int) -> None:
         )
 
 
-def _rows_cpu(z, dz, targets, lse, loss, dloss, ignore_index, z_loss, label_smoothing) -> None:
+def _rows_cpu(z, dz, targets, peak, total, loss, dloss, ignore_index, z_loss, label_smoothing) -> None:
     _check_targets(targets, z.shape[1], ignore_index)
     ignored, column = targets == ignore_index, targets.clamp(min=0)[:, None]
-    wide = z.to(lse.dtype)
+    z = z.to(peak.dtype)
+    z_target, z_mean = z.gather(1, column)[:, 0], z.mean(dim=1) if label_smoothing else None
     if loss is not None:
-        torch.logsumexp(wide, dim=1, out=lse)
-        loss.copy_((1 - label_smoothing) * (lse - wide.gather(1, column)[:, 0]))
+        torch.amax(z, dim=1, out=peak)
+        peak.masked_fill_(peak == float("-inf"), 0)
+    p = torch.sub(z, peak[:, None], out=dz if dz is not None and dz.dtype == peak.dtype else None).exp_()
+    if loss is not None:
+        torch.sum(p, dim=1, out=total)
+        log_total = total.log()
+        loss.copy_((1 - label_smoothing) * (peak - z_target + log_total))
         if label_smoothing:
-            loss += label_smoothing * (lse - wide.mean(dim=1))
-        loss += z_loss * lse * lse
+            loss += label_smoothing * (peak - z_mean + log_total)
+        loss += z_loss * (peak + log_total) ** 2
         loss.masked_fill_(ignored, 0)
     if dz is not None:
-        p = torch.sub(wide, lse[:, None], out=dz if dz.dtype == lse.dtype else None).exp_()
-        if z_loss:
-            p *= (1 + 2 * z_loss * lse)[:, None]
+        p *= ((1 + 2 * z_loss * (peak + total.log())) / total)[:, None]
         if label_smoothing:
             p -= label_smoothing / z.shape[1]
         p.scatter_add_(1, column, p.new_full(column.shape, label_smoothing - 1))
@@ -168,33 +180,34 @@ def _rows_cpu(z, dz, targets, lse, loss, dloss, ignore_index, z_loss, label_smoo
         dz.copy_(p.masked_fill_(ignored[:, None], 0))
 
 
-def _rows(z, dz, targets, lse, loss, dloss, ignore_index, z_loss, label_smoothing) -> None:
-    """z [n, V] -> lse and loss [n] unless loss is None, then (lse is given), and dz [n, V] unless None; dz may be z."""
+def _rows(z, dz, targets, peak, total, loss, dloss, ignore_index, z_loss, label_smoothing) -> None:
+    """z [n, V] -> peak, total, loss [n] (loss None: the others are given), and dz [n, V] unless None; dz may be z."""
     if not use_triton(z):
-        _rows_cpu(z, dz, targets, lse, loss, dloss, ignore_index, z_loss, label_smoothing)
+        _rows_cpu(z, dz, targets, peak, total, loss, dloss, ignore_index, z_loss, label_smoothing)
     elif z.shape[0] > 0:
         config = choose_cross_entropy(z.shape[1], z.dtype, arch_of(z.device))
         _cross_entropy_kernel[(z.shape[0],)](
-            z, dz, targets, lse, loss, dloss, z.stride(0), 0 if dz is None else dz.stride(0),
+            z, dz, targets, peak, total, loss, dloss, z.stride(0), 0 if dz is None else dz.stride(0),
             0 if dloss is None else dloss.stride(0), z.shape[1], ignore_index, z_loss, label_smoothing,
             FORWARD=loss is not None, WRITE_DZ=dz is not None, SMOOTH=label_smoothing != 0,
             BLOCK_V=config.block_v, num_warps=config.num_warps,
         )  # fmt: skip
 
 
-@kernel_op(mutates=("lse", "loss"))
+@kernel_op(mutates=("peak", "total", "loss"))
 def _cross_entropy_fwd(
-    z: Tensor, targets: Tensor, lse: Tensor, loss: Tensor, ignore_index: int, z_loss: float, label_smoothing: float
-) -> None:
-    _rows(z, None, targets, lse, loss, None, ignore_index, z_loss, label_smoothing)
+    z: Tensor, targets: Tensor, peak: Tensor, total: Tensor, loss: Tensor, ignore_index: int, z_loss: float,
+    label_smoothing: float,
+) -> None:  # fmt: skip
+    _rows(z, None, targets, peak, total, loss, None, ignore_index, z_loss, label_smoothing)
 
 
 @kernel_op(mutates=("dz",))
 def _cross_entropy_bwd(
-    z: Tensor, dz: Tensor, targets: Tensor, lse: Tensor, dloss: Tensor, ignore_index: int, z_loss: float,
-    label_smoothing: float,
+    z: Tensor, dz: Tensor, targets: Tensor, peak: Tensor, total: Tensor, dloss: Tensor, ignore_index: int,
+    z_loss: float, label_smoothing: float,
 ) -> None:  # fmt: skip
-    _rows(z, dz, targets, lse, None, dloss, ignore_index, z_loss, label_smoothing)
+    _rows(z, dz, targets, peak, total, None, dloss, ignore_index, z_loss, label_smoothing)
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -208,7 +221,7 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
 
 
-def _chunks(x, weight, bias, targets, z, lse, loss, dloss, dx, dw, db, *options) -> None:
+def _chunks(x, weight, bias, targets, z, peak, total, loss, dloss, dx, dw, db, *options) -> None:
     """The rows in chunks of len(z), the workspace: logits, `_rows` on them in place, their share of the gradients."""
     rows = z.shape[0]
     with_gradients = any(gradient is not None for gradient in (dx, dw, db))
@@ -221,7 +234,7 @@ def _chunks(x, weight, bias, targets, z, lse, loss, dloss, dx, dw, db, *options)
         else:
             torch.addmm(bias, x_chunk, weight.t(), out=logits)
         _rows(
-            logits, logits if with_gradients else None, targets[chunk], lse[chunk],
+            logits, logits if with_gradients else None, targets[chunk], peak[chunk], total[chunk],
             None if loss is None else loss[chunk], None if dloss is None else dloss[chunk], *options,
         )  # fmt: skip
         if dx is not None:
@@ -237,51 +250,60 @@ def _chunks(x, weight, bias, targets, z, lse, loss, dloss, dx, dw, db, *options)
                 empty.zero_()
 
 
-@kernel_op(mutates=("z", "lse", "loss", "dx", "dw", "db"))
+@kernel_op(mutates=("z", "peak", "total", "loss", "dx", "dw", "db"))
 def _linear_cross_entropy_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, z: Tensor, lse: Tensor, loss: Tensor,
-    dx: Tensor | None, dw: Tensor | None, db: Tensor | None, ignore_index: int, z_loss: float, label_smoothing: float,
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, z: Tensor, peak: Tensor, total: Tensor,
+    loss: Tensor, dx: Tensor | None, dw: Tensor | None, db: Tensor | None, ignore_index: int, z_loss: float,
+    label_smoothing: float,
 ) -> None:  # fmt: skip
-    """Loss and lse [N], and for those of dx, dw, db that are given the gradients of the sum of the losses."""
-    _chunks(x, weight, bias, targets, z, lse, loss, None, dx, dw, db, ignore_index, z_loss, label_smoothing)
+    """peak, total and loss [N], and for those of dx, dw, db that are given the gradients of the sum of the losses."""
+    options = (ignore_index, z_loss, label_smoothing)
+    _chunks(x, weight, bias, targets, z, peak, total, loss, None, dx, dw, db, *options)
 
 
 @kernel_op(mutates=("z", "dx", "dw", "db"))
 def _linear_cross_entropy_bwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, z: Tensor, lse: Tensor, dloss: Tensor,
-    dx: Tensor | None, dw: Tensor | None, db: Tensor | None, ignore_index: int, z_loss: float, label_smoothing: float,
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, z: Tensor, peak: Tensor, total: Tensor,
+    dloss: Tensor, dx: Tensor | None, dw: Tensor | None, db: Tensor | None, ignore_index: int, z_loss: float,
+    label_smoothing: float,
 ) -> None:  # fmt: skip
-    """The gradients of sum_n dloss[n] loss[n], from the lse of the forward."""
-    _chunks(x, weight, bias, targets, z, lse, None, dloss, dx, dw, db, ignore_index, z_loss, label_smoothing)
+    """The gradients of sum_n dloss[n] loss[n], from the forward's peak and total."""
+    options = (ignore_index, z_loss, label_smoothing)
+    _chunks(x, weight, bias, targets, z, peak, total, None, dloss, dx, dw, db, *options)
 
 
 def _workspace(x: Tensor, V: int, chunk_rows: int | None) -> Tensor:
     """Uninitialised logits [rows, V] of one chunk: even chunks, whole tiles of 128 rows, within the workspace."""
     N = max(x.shape[0], 1)
     if chunk_rows is None:
-        fit = (WORKSPACE_BYTES if x.is_cuda else CPU_WORKSPACE_BYTES) // (V * x.element_size())
+        fit = (CPU_WORKSPACE_BYTES if x.device.type == "cpu" else WORKSPACE_BYTES) // (V * x.element_size())
         fit = max(fit // 128, 1) * 128
         chunk_rows = triton.cdiv(triton.cdiv(N, triton.cdiv(N, fit)), 128) * 128
     return x.new_empty(min(chunk_rows, N), V)
 
 
+def _row_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised peak, total, loss [N] in fp32 (fp64) for the rows of x."""
+    return torch.empty(3, x.shape[0], device=x.device, dtype=_wide(x.dtype)).unbind()
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, *options):
-        loss = logits.new_empty(len(targets), dtype=_wide(logits.dtype))
-        lse = torch.empty_like(loss)
-        _cross_entropy_fwd(logits, targets, lse, loss, *options)
-        ctx.save_for_backward(logits, targets, lse)
+        peak, total, loss = _row_statistics(logits)
+        _cross_entropy_fwd(logits, targets, peak, total, loss, *options)
+        ctx.save_for_backward(logits, targets, peak, total)
         ctx.options = options
+        lse = peak + total.log()
         ctx.mark_non_differentiable(lse)
         return loss, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss, _):
-        logits, targets, lse = ctx.saved_tensors
+        logits, targets, peak, total = ctx.saved_tensors
         dlogits = torch.empty_like(logits)
-        _cross_entropy_bwd(logits, dlogits, targets, lse, dloss, *ctx.options)
+        _cross_entropy_bwd(logits, dlogits, targets, peak, total, dloss, *ctx.options)
         return dlogits, None, None, None, None
 
 
@@ -290,22 +312,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, targets, chunk_rows, *options):
-        loss = x.new_empty(len(targets), dtype=_wide(x.dtype))
-        lse = torch.empty_like(loss)
+        peak, total, loss = _row_statistics(x)
         z = _workspace(x, len(weight), chunk_rows)
-        _linear_cross_entropy_fwd(x, weight, bias, targets, z, lse, loss, None, None, None, *options)
-        ctx.save_for_backward(x, weight, bias, targets, lse)
+        _linear_cross_entropy_fwd(x, weight, bias, targets, z, peak, total, loss, None, None, None, *options)
+        ctx.save_for_backward(x, weight, bias, targets, peak, total)
         ctx.chunk_rows, ctx.options = chunk_rows, options
+        lse = peak + total.log()
         ctx.mark_non_differentiable(lse)
         return loss, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss, _):
-        x, weight, bias, targets, lse = ctx.saved_tensors
+        x, weight, bias, targets, peak, total = ctx.saved_tensors
         z = _workspace(x, len(weight), ctx.chunk_rows)
         dx, dw, db = _gradients(x, weight, bias, ctx.needs_input_grad)
-        _linear_cross_entropy_bwd(x, weight, bias, targets, z, lse, dloss, dx, dw, db, *ctx.options)
+        _linear_cross_entropy_bwd(x, weight, bias, targets, z, peak, total, dloss, dx, dw, db, *ctx.options)
         return dx, _rounded(dw, weight), _rounded(db, bias), None, None, None, None, None
 
 
@@ -314,12 +336,12 @@ class _LinearCrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, targets, chunk_rows, needs_grad, *options):
-        loss = x.new_empty(len(targets), dtype=_wide(x.dtype))
-        lse = torch.empty_like(loss)
+        peak, total, loss = _row_statistics(x)
         z = _workspace(x, len(weight), chunk_rows)
         gradients = _gradients(x, weight, bias, ctx.needs_input_grad) if needs_grad else (None, None, None)
-        _linear_cross_entropy_fwd(x, weight, bias, targets, z, lse, loss, *gradients, *options)
+        _linear_cross_entropy_fwd(x, weight, bias, targets, z, peak, total, loss, *gradients, *options)
         ctx.save_for_backward(weight, bias, *gradients)
+        lse = peak + total.log()
         ctx.mark_non_differentiable(lse)
         return loss.sum(), lse
 
@@ -403,7 +425,7 @@ def linear_cross_entropy(
     are cast to its dtype, as nn.Linear's would be. Raises ValueError naming the argument that does not fit.
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         x, weight, bias = (t if t is None else t.to(torch.get_autocast_dtype(device)) for t in (x, weight, bias))
     check(x.dim() == 2, f"linear_cross_entropy: expected x [N, C], got {list(x.shape)}")
     (N, C), V = x.shape, weight.shape[0]
