@@ -16,9 +16,14 @@ ARCHS = (80, 90)
 
 
 @functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@torch.compiler.assume_constant_result
 def arch_of(device: torch.device) -> int:
     """The architecture whose rows serve `device`: 90 from compute capability 9.0 on, 80 below it and off CUDA."""
-    return 90 if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0) else 80
+    return 90 if device.type == "cuda" and _capability(device) >= (9, 0) else 80
 
 
 @dataclass(frozen=True)
