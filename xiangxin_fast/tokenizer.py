@@ -68,7 +68,7 @@ class Tokenizer:
 
     def __init__(self, document: dict, eos: str, hf_class: str, where: str):
         """`document` is a tokenizer.json as `_checked` returns it; `where` names its source in errors."""
-        self._json = (json.dumps(document, ensure_ascii=False, indent=2) + "\n").encode()
+        self._json = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
         self._document, self._eos, self._hf_class = document, eos, hf_class
         self._backend = _build(self._json.decode(), where)
         self._backend.encode_special_tokens = True  # a text that spells "<|endoftext|>" has not ended
@@ -92,13 +92,14 @@ class Tokenizer:
         settings = read_json(settings, MAX_FILE_BYTES) if settings.exists() else {}
         eos = settings.get("eos_token") or END_OF_TEXT
         eos = eos.get("content") if isinstance(eos, dict) else eos
+        _expect(f"{directory / 'tokenizer_config.json'}", isinstance(eos, str), "the name of eos_token", eos)
         hf_class = OWN_CLASS
         if file.exists():
             document = read_json(file, MAX_FILE_BYTES)
             if str(settings.get("tokenizer_class")).startswith(CODEGEN_CLASS):
                 hf_class = CODEGEN_CLASS
         elif (directory / "vocab.json").exists() and (directory / "merges.txt").exists():
-            document, hf_class, file = _codegen_document(directory, eos), CODEGEN_CLASS, directory / "vocab.json"
+            document, hf_class, file = _codegen_document(directory, eos), CODEGEN_CLASS, directory
         else:
             raise InputError(f"{path}: expected tokenizer.json, or vocab.json and merges.txt, found neither")
         return Tokenizer(_checked(document, eos, str(file)), eos, hf_class, str(file))
@@ -243,8 +244,9 @@ def _checked(document: dict, eos: str, where: str) -> dict:
         expect(not model.get(name), f"no {name} in a byte-level BPE", model.get(name))
     expect(document.get("normalizer") in (None, {"type": "NFC"}), "normalizer null or NFC", document.get("normalizer"))
     for name in ("post_processor", "decoder"):
-        kind = (document.get(name) or {"type": "ByteLevel"}).get("type")
-        expect(kind == "ByteLevel", f"{name} ByteLevel or null", kind)
+        node = document.get(name)
+        kind = node.get("type") if isinstance(node, dict) else node
+        expect(kind in (None, "ByteLevel"), f"{name} ByteLevel or null", kind)
 
     vocab, merges = model.get("vocab"), model.get("merges")
     expect(isinstance(vocab, dict) and isinstance(merges, list), "a vocabulary and merges")
@@ -289,8 +291,10 @@ def _checked_merges(merges: list, vocab: dict, expect) -> Iterator[str]:
     """Each merge as "left right": tokenizers before 0.20 cannot read pairs."""
     for merge in merges:
         pair = merge.split(" ") if isinstance(merge, str) else merge
-        whole = isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
-        expect(whole and {*pair, "".join(pair)} <= vocab.keys(), "merges of two known tokens into a third", merge)
+        known = (
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) and part in vocab for part in pair)
+        )
+        expect(known and "".join(pair) in vocab, "merges of two known tokens into a third", merge)
         yield " ".join(pair)
 
 
