@@ -49,6 +49,11 @@ def fuse(config: PhiConfig, native: Mapping[str, Tensor]) -> Phi:
     return model
 
 
+def random_model(config: PhiConfig, dtype: torch.dtype = torch.float32) -> Phi:
+    """Phi in `dtype` with the oracle's numbers."""
+    return fuse(config, {name: t.to(dtype) for name, t in oracle(config).state_dict().items()})
+
+
 def grads_of(model: torch.nn.Module) -> dict[str, Tensor]:
     """The gradient of each parameter, by name."""
     return {name: parameter.grad for name, parameter in model.named_parameters()}

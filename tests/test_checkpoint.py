@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tests.hf import fuse, oracle
+from tests.hf import fuse, oracle, random_model
 from xiangxin_fast import checkpoint, load_pretrained, save_pretrained
 from xiangxin_fast.config import PhiConfig
 from xiangxin_fast.errors import InputError
@@ -32,10 +32,6 @@ TIED = PhiConfig(
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-
-
-def random_model(config: PhiConfig, dtype: torch.dtype = torch.float32) -> Phi:
-    return fuse(config, {name: t.to(dtype) for name, t in oracle(config).state_dict().items()})
 
 
 def tokens_of(config: PhiConfig) -> torch.Tensor:
