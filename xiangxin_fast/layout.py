@@ -52,14 +52,11 @@ class Slot(NamedTuple):
 
 def qkv_rows(config: PhiConfig) -> Tensor:
     """Where each row of [q | k | v], head by head inside each, stands in w_in: int64 [3C]."""
-    H, D, R = config.heads, config.head_dim, config.rotary_dim
-    head, dim = torch.arange(H, device="cpu")[:, None], torch.arange(D, device="cpu")
-    neighbours = dim[:R] % (R // 2) * 2 + dim[:R] // (R // 2)
-    rotary, rest = head * R + neighbours, head * (D - R) + dim[: D - R]
-    q = torch.cat([rotary, 2 * H * R + rest], dim=1)
-    k = torch.cat([H * R + rotary, H * (R + D) + rest], dim=1)
-    v = 2 * H * D + head * D + dim
-    return torch.cat([q, k, v]).flatten()
+    C, H, D, R = config.channels, config.heads, config.head_dim, config.rotary_dim
+    dim = torch.arange(D, device="cpu")
+    neighbours = torch.where(dim < R, dim % (R // 2) * 2 + dim // (R // 2), dim)
+    head = torch.arange(H, device="cpu")[:, None] * D
+    return torch.cat([head + neighbours, C + head + neighbours, 2 * C + head + dim]).flatten()
 
 
 def slots_of(config: PhiConfig, layout: Layout = NATIVE) -> dict[str, Slot]:

@@ -4,12 +4,12 @@
     z = [attention(q, k, v) | gelu(h)]                 [N, C + F]
     y = x + z w_out^T + b_out[0] + b_out[1]
 
-Rows of w_in and b_in, and so columns of p:
-    q rotary [H, R] | k rotary [H, R] | q rest [H, D-R] | k rest [H, D-R] | v [H, D] | h [F]
-Inside a head's R rotary columns the pairs are neighbours: rotary column 2i is dim i of the head and 2i+1 is dim i + R/2,
-so that a GEMM tile never splits a pair. q.k does not change when both are permuted alike.
+Rows of w_in and b_in, and so columns of p: q [H, D] | k [H, D] | v [H, D] | h [F]. Inside each head of q and k the R
+rotary dims come as neighbouring pairs: row 2i of a head is its dim i, row 2i+1 its dim i + R/2, the others stay. A GEMM
+tile of whole pairs can so rotate its own columns, and q.k does not change when both are permuted alike.
 
-Shapes    x, y [B, T, C]   ln_w, ln_b [C]   w_in [3C+F, C]   b_in [3C+F]   w_out [C, C+F]   b_out [2, C] (attention, MLP)
+Shapes    x, y [B, T, C]   ln_w, ln_b [C]   w_in [3C+F, C]   b_in [3C+F]   w_out [C, C+F]
+          b_out [2, C]: attention, MLP
           cos, sin [S, R/2] fp32   segment_ids [B, T]   cache k, v [B, S, H, D]
 """
 
@@ -30,15 +30,12 @@ def rotate_pairs_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def split_projection(p: Tensor, C: int, heads: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """p [B, T, 3C+F] -> rotated q and k, v [B, T, H, D], and h [B, T, F]; cos, sin [T, R/2] are those of p's positions."""
-    D, R = C // heads, 2 * cos.shape[-1]
-    rotary, rest = heads * R, heads * (D - R)
-    q1, k1, q2, k2, v, h = p.split([rotary, rotary, rest, rest, C, p.shape[-1] - 3 * C], dim=-1)
-    q, k = (
-        torch.cat([rotate_pairs_ref(a.unflatten(-1, (heads, R)), cos, sin), b.unflatten(-1, (heads, D - R))], dim=-1)
-        for a, b in ((q1, q2), (k1, k2))
-    )
-    return q, k, v.unflatten(-1, (heads, D)), h
+    """p [B, T, 3C+F] -> rotated q and k, v [B, T, H, D], and h [B, T, F]; cos, sin [T, R/2]: p's positions."""
+    R = 2 * cos.shape[-1]
+    q, k, v, h = p.split([C, C, C, p.shape[-1] - 3 * C], dim=-1)
+    q, k, v = (t.unflatten(-1, (heads, C // heads)) for t in (q, k, v))
+    q, k = (torch.cat([rotate_pairs_ref(t[..., :R], cos, sin), t[..., R:]], dim=-1) for t in (q, k))
+    return q, k, v, h
 
 
 def parallel_block_ref(
@@ -69,7 +66,7 @@ def parallel_block(
     cache: tuple[Tensor, Tensor] | None = None,
     q_start: int = 0,
 ) -> Tensor:
-    """One layer of x [B, T, C] at positions q_start.. q_start+T-1; returns [B, T, C]. The module's docstring has the shapes.
+    """One layer of x [B, T, C] at positions q_start.. q_start+T-1; returns [B, T, C]. Shapes as in the module's docstring.
 
     With `cache` = (k, v) [B, S, H, D] the rotated keys and the values are written at those positions, and attention
     reads everything up to them (chunked prefill, no gradients). Raises ValueError on shapes that do not fit.
