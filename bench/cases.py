@@ -37,11 +37,11 @@ class Shape:
 
 
 _PHI_2 = PhiConfig.from_preset("phi-2")
-TINY = PhiConfig(vocab=320, channels=160, layers=2, heads=2, rotary_dim=32, mlp_hidden=192, context=64, eos_id=0)
+TINY = PhiConfig(vocab=96, channels=80, layers=1, heads=1, rotary_dim=32, mlp_hidden=96, context=32)
 SHAPES = {
     "phi": Shape(_PHI_2, 8, 2048),
     "cpu": Shape(_PHI_2, 1, 256),
-    "tiny": Shape(TINY, 2, 24, tiny=True),
+    "tiny": Shape(TINY, 2, 9, tiny=True),
 }
 
 

@@ -74,9 +74,9 @@ class _Clock:
 
 
 def interleaved(
-    turns: dict[str, Turn], device: torch.device, seconds: float, *, flush: bool = True, rounds: int | None = None
+    turns: dict[str, Turn], device: torch.device, seconds: float, *, flush: bool = True
 ) -> tuple[dict[str, Timing], dict[str, str]]:
-    """Times every turn in round-robin order for about `seconds` in all, or for `rounds`.
+    """Times every turn in round-robin order for about `seconds` in all; once, when `seconds` is 0.
 
     Returns timings, and for each turn that raised while warming up the reason it has none.
     """
@@ -95,14 +95,14 @@ def interleaved(
             failed[name] = f"{type(error).__name__}: {error}"
             assert_alive(device)
     before = time.perf_counter()
-    done, planned = 0, rounds or _ROUNDS[0]
+    done, planned = 0, _ROUNDS[0] if seconds else 1
     while clocks and done < planned:
         for name, clock in clocks.items():
             scratch.zero_()
             clock.take(turns[name])
         done += 1
         synchronize(device)
-        if rounds is None and done == 2:
+        if done == 2:
             per_round = (time.perf_counter() - before) / done
             planned = int(min(max(seconds / per_round, _ROUNDS[0]), _ROUNDS[1]))
     return {name: Timing.of(clock.samples()) for name, clock in clocks.items()}, failed
@@ -189,6 +189,15 @@ def measure_ceilings(
         copy_bytes_per_s=2 * copy_bytes / timings["copy"].median * 1e3,
         matmul_flops_per_s=2 * edge**3 / timings["matmul"].median * 1e3,
     )
+
+
+# Dense bf16 rate in FLOP/s and memory bandwidth in bytes/s by the vendors' datasheets, which MFU is counted against.
+DATASHEET = {"A100": (312e12, 2.04e12), "A800": (312e12, 2.04e12), "H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
+
+
+def datasheet_flops(device_name: str) -> float | None:
+    """The datasheet's dense bf16 rate of a device known here, else None."""
+    return next((flops for name, (flops, _) in DATASHEET.items() if name in device_name), None)
 
 
 def gpu_state() -> str | None:
