@@ -1,0 +1,53 @@
+"""A model, a text and a configuration small enough to train in a second."""
+
+import os
+import random
+from pathlib import Path
+
+from train.config import TrainConfig
+from train.prepare import shards
+from xiangxin_fast import save_pretrained
+from xiangxin_fast.config import PhiConfig
+from xiangxin_fast.model import Phi
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPE = PhiConfig(vocab=320, channels=32, layers=2, heads=2, rotary_dim=8, mlp_hidden=64, context=64, eos_id=0)
+WORDS = ("天下大势", "分久必合", "玄德", "关公", "张飞", "曰：", "，", "。", "军马", "一日", "却说")
+# Reductions on a CPU change their last bits with the number of threads: processes that are compared have one.
+ONE_THREAD = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "OMP_NUM_THREADS": "1"}
+
+
+def make_text(documents: int, seed: int) -> str:
+    """Documents of about 60 tokens, separated by blank lines."""
+    choice = random.Random(seed).choice
+    return "\n\n".join("".join(choice(WORDS) for _ in range(80)) for _ in range(documents)) + "\n"
+
+
+def make_place(directory: Path) -> Path:
+    """A directory with shards/ (tokenizer of 300) and hf/: a model directory of SHAPE with random weights."""
+    (directory / "train.txt").write_text(make_text(40, seed=1), encoding="utf-8")
+    (directory / "validation.txt").write_text(make_text(6, seed=2), encoding="utf-8")
+    held_out = (directory / "validation.txt",)
+    shards([directory / "train.txt"], out=directory / "shards", vocab=300, holdout_files=held_out)
+    save_pretrained(Phi(SHAPE).init_weights(3), directory / "hf")
+    return directory
+
+
+def config_of(place: Path, out: Path, **changes) -> TrainConfig:
+    """Twenty steps of four sequences in two micro-batches, a checkpoint every five."""
+    settings = {
+        "context": 32, "batch": 4, "micro_batch": 2, "steps": 20, "lr": 1e-2, "warmup": 0.1, "validate_every": 10,
+        "validation_samples": 4, "save_every": 5, "init_from": place / "hf",
+    }  # fmt: skip
+    return TrainConfig("demo", place / "shards", out, **settings | changes)
+
+
+def command_of(config: TrainConfig) -> list[str]:
+    """The options of train/run.py that give `config`."""
+    options = []
+    for name, value in config.to_json().items():
+        flag = "--" + name.replace("_", "-")
+        options += (
+            [flag.replace("--", "--" if value else "--no-", 1)] if isinstance(value, bool) else [flag, str(value)]
+        )
+    return options
