@@ -4,6 +4,9 @@ With s = log2(e) * scale * q k^T, p = exp2(s - lse) and delta = sum_d(dout * out
     dv = p^T dout      ds = p * (dout v^T - delta)      dq = scale * ds k      dk = scale * ds^T q
 dq is accumulated by rows, dk and dv by columns, each in its own kernel: no atomics, so the same bits every time. Both
 recompute q k^T and dout v^T, so that 7 products are issued where 5 are counted.
+
+In a row whose softmax is nearly one-hot, dp and delta cancel. The roundings of out and lse, which 16-bit gradients do
+not notice, are then most of an fp32 gradient's error; for it (WIDE) a first pass over the keys sums p and p * dp.
 """
 
 import triton
@@ -21,6 +24,7 @@ def _accumulate_dq(
     dout_main,
     dout_tail,
     lse,
+    lse_low,
     delta,
     k_ptr,
     v_ptr,
@@ -36,8 +40,11 @@ def _accumulate_dq(
     BLOCK_N: tl.constexpr,
     DIAGONAL: tl.constexpr,
     DOCUMENTS: tl.constexpr,
+    WIDE: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
-    """dq += ds k over the key tiles [lo, hi), masked as in the forward's `_attend`."""
+    """dq += ds k over the key tiles [lo, hi), masked as in the forward's `_attend`; with SUMS instead the sums of p and
+    p * dp by row, into lse_low and delta."""
     offs_n = tl.arange(0, BLOCK_N)
     offs_main = tl.arange(0, D_MAIN)
     for start_n in tl.range(lo, hi, BLOCK_N):
@@ -56,12 +63,65 @@ def _accumulate_dq(
             s = tl.where(key <= position[:, None], s, float("-inf"))
         if DOCUMENTS:
             s = tl.where(key >= doc_start[:, None], s, float("-inf"))
-        p = tl.exp2(s * scale_log2 - lse[:, None])
-        ds = (p * (dp - delta[:, None])).to(k_main.dtype)
-        dq_main = tl.dot(ds, k_main, dq_main, input_precision="ieee")
-        if D_TAIL > 0:
-            dq_tail = tl.dot(ds, k_tail, dq_tail, input_precision="ieee")
-    return dq_main, dq_tail
+        s = s * scale_log2 - lse[:, None]
+        if SUMS:
+            p = tl.exp2(s)
+            lse_low += tl.sum(p, 1)
+            delta += tl.sum(p * dp, 1)
+        else:
+            p = tl.exp2(s - lse_low[:, None] if WIDE else s)
+            ds = (p * (dp - delta[:, None])).to(k_main.dtype)
+            dq_main = tl.dot(ds, k_main, dq_main, input_precision="ieee")
+            if D_TAIL > 0:
+                dq_tail = tl.dot(ds, k_tail, dq_tail, input_precision="ieee")
+    return dq_main, dq_tail, lse_low, delta
+
+
+@triton.jit
+def _accumulate_dq_of_row_tile(
+    dq_main,
+    dq_tail,
+    q_main,
+    q_tail,
+    dout_main,
+    dout_tail,
+    lse,
+    lse_low,
+    delta,
+    k_ptr,
+    v_ptr,
+    k_stride_t,
+    v_stride_t,
+    lo,
+    full_start,
+    full_end,
+    hi,
+    position,
+    doc_start,
+    scale_log2,
+    D_MAIN: tl.constexpr,
+    D_TAIL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    WIDE: tl.constexpr,
+    SUMS: tl.constexpr,
+):
+    """`_accumulate_dq` over every visible key: where documents begin, the tiles without a mask, the diagonal."""
+    if DOCUMENTS:
+        dq_main, dq_tail, lse_low, delta = _accumulate_dq(
+            dq_main, dq_tail, q_main, q_tail, dout_main, dout_tail, lse, lse_low, delta, k_ptr, v_ptr, k_stride_t,
+            v_stride_t, lo, full_start, position, doc_start, scale_log2, D_MAIN, D_TAIL, BLOCK_N, False, True, WIDE,
+            SUMS,
+        )  # fmt: skip
+    dq_main, dq_tail, lse_low, delta = _accumulate_dq(
+        dq_main, dq_tail, q_main, q_tail, dout_main, dout_tail, lse, lse_low, delta, k_ptr, v_ptr, k_stride_t,
+        v_stride_t, full_start, full_end, position, doc_start, scale_log2, D_MAIN, D_TAIL, BLOCK_N, False, False, WIDE,
+        SUMS,
+    )  # fmt: skip
+    return _accumulate_dq(
+        dq_main, dq_tail, q_main, q_tail, dout_main, dout_tail, lse, lse_low, delta, k_ptr, v_ptr, k_stride_t,
+        v_stride_t, full_end, hi, position, doc_start, scale_log2, D_MAIN, D_TAIL, BLOCK_N, True, DOCUMENTS, WIDE, SUMS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -104,6 +164,7 @@ def _attention_bwd_dq_kernel(
     D_MAIN: tl.constexpr,
     D_TAIL: tl.constexpr,
     DOCUMENTS: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HEADS_PER_GROUP: tl.constexpr,
@@ -127,9 +188,7 @@ def _attention_bwd_dq_kernel(
     offs_main = tl.arange(0, D_MAIN)
     mask_m = start_m + offs_m < T
     position = start_m + offs_m
-    out = _load_tile(out_ptr, start_m, out_stride_t, offs_m, offs_main, T, True)
     dout_main = _load_tile(dout_ptr, start_m, dout_stride_t, offs_m, offs_main, T, True)
-    delta = tl.sum(out.to(tl.float32) * dout_main.to(tl.float32), 1)
     q_main = _load_tile(q_ptr, start_m, q_stride_t, offs_m, offs_main, T, True)
     dq_main = tl.zeros([BLOCK_M, D_MAIN], tl.float32)
     dout_tail = dout_main
@@ -137,18 +196,17 @@ def _attention_bwd_dq_kernel(
     dq_tail = dq_main
     if D_TAIL > 0:
         offs_tail = D_MAIN + tl.arange(0, D_TAIL)
-        out = _load_tile(out_ptr, start_m, out_stride_t, offs_m, offs_tail, T, True)
         dout_tail = _load_tile(dout_ptr, start_m, dout_stride_t, offs_m, offs_tail, T, True)
-        delta += tl.sum(out.to(tl.float32) * dout_tail.to(tl.float32), 1)
         q_tail = _load_tile(q_ptr, start_m, q_stride_t, offs_m, offs_tail, T, True)
         dq_tail = tl.zeros([BLOCK_M, D_TAIL], tl.float32)
-    tl.store(delta_ptr + start_m + offs_m, delta, mask=mask_m)
     # Beyond T, lse = inf makes p = 0.
     lse = tl.load(lse_ptr + start_m + offs_m, mask=mask_m, other=float("inf"))
+    lse_low = tl.zeros([BLOCK_M], tl.float32)
 
     lo = 0
-    hi = tl.minimum(start_m + BLOCK_M, T)
+    full_start = 0
     full_end = (start_m + 1) // BLOCK_N * BLOCK_N
+    hi = tl.minimum(start_m + BLOCK_M, T)
     doc_start = position
     if DOCUMENTS:
         doc_start_ptr += batch * T
@@ -157,18 +215,29 @@ def _attention_bwd_dq_kernel(
         last_start = tl.load(doc_start_ptr + hi - 1)
         full_end = tl.maximum(full_end, lo)
         full_start = tl.minimum(tl.cdiv(last_start, BLOCK_N) * BLOCK_N, full_end)
-        dq_main, dq_tail = _accumulate_dq(
-            dq_main, dq_tail, q_main, q_tail, dout_main, dout_tail, lse, delta, k_ptr, v_ptr, k_stride_t, v_stride_t,
-            lo, full_start, position, doc_start, scale_log2, D_MAIN, D_TAIL, BLOCK_N, False, True,
+
+    delta = tl.zeros([BLOCK_M], tl.float32)
+    if WIDE:
+        _, _, sum_p, delta = _accumulate_dq_of_row_tile(
+            dq_main, dq_tail, q_main, q_tail, dout_main, dout_tail, lse, lse_low, delta, k_ptr, v_ptr, k_stride_t,
+            v_stride_t, lo, full_start, full_end, hi, position, doc_start, scale_log2, D_MAIN, D_TAIL, BLOCK_N,
+            DOCUMENTS, WIDE, True,
         )  # fmt: skip
-        lo = full_start
-    dq_main, dq_tail = _accumulate_dq(
-        dq_main, dq_tail, q_main, q_tail, dout_main, dout_tail, lse, delta, k_ptr, v_ptr, k_stride_t, v_stride_t,
-        lo, full_end, position, doc_start, scale_log2, D_MAIN, D_TAIL, BLOCK_N, False, False,
-    )  # fmt: skip
-    dq_main, dq_tail = _accumulate_dq(
-        dq_main, dq_tail, q_main, q_tail, dout_main, dout_tail, lse, delta, k_ptr, v_ptr, k_stride_t, v_stride_t,
-        full_end, hi, position, doc_start, scale_log2, D_MAIN, D_TAIL, BLOCK_N, True, DOCUMENTS,
+        sum_p = tl.where(mask_m, sum_p, 1.0)
+        lse_low = tl.log2(sum_p)
+        delta = delta / sum_p
+        tl.store(delta_ptr + tl.cast(B * H, tl.int64) * T + start_m + offs_m, lse_low, mask=mask_m)
+    else:
+        out = _load_tile(out_ptr, start_m, out_stride_t, offs_m, offs_main, T, True)
+        delta += tl.sum(out.to(tl.float32) * dout_main.to(tl.float32), 1)
+        if D_TAIL > 0:
+            out = _load_tile(out_ptr, start_m, out_stride_t, offs_m, offs_tail, T, True)
+            delta += tl.sum(out.to(tl.float32) * dout_tail.to(tl.float32), 1)
+    tl.store(delta_ptr + start_m + offs_m, delta, mask=mask_m)
+    dq_main, dq_tail, _, _ = _accumulate_dq_of_row_tile(
+        dq_main, dq_tail, q_main, q_tail, dout_main, dout_tail, lse, lse_low, delta, k_ptr, v_ptr, k_stride_t,
+        v_stride_t, lo, full_start, full_end, hi, position, doc_start, scale_log2, D_MAIN, D_TAIL, BLOCK_N, DOCUMENTS,
+        WIDE, False,
     )  # fmt: skip
 
     dq_main *= scale
@@ -201,14 +270,16 @@ def _accumulate_dkv(
     position,
     query_end,
     T,
+    plane,
     scale_log2,
     D_MAIN: tl.constexpr,
     D_TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    """dk += ds^T q and dv += p^T dout over the query tiles [lo, hi). MASKED: a query may stand before a key, or at or past
-    `query_end`, where the key's document ends."""
+    """dk += ds^T q and dv += p^T dout over the query tiles [lo, hi). MASKED: a query may stand before a key, or at or
+    past `query_end`, where the document of the key ends."""
     offs_m = tl.arange(0, BLOCK_M)
     offs_main = tl.arange(0, D_MAIN)
     for start_m in tl.range(lo, hi, BLOCK_M):
@@ -227,7 +298,10 @@ def _accumulate_dkv(
         else:
             lse = tl.load(lse_ptr + query)
             delta = tl.load(delta_ptr + query)
-        p = tl.exp2(s * scale_log2 - lse[None, :])
+        s = s * scale_log2 - lse[None, :]
+        if WIDE:
+            s -= tl.load(delta_ptr + plane + query, mask=query < T, other=0.0)[None, :]
+        p = tl.exp2(s)
         dout_main = _load_tile(dout_ptr, start_m, dout_stride_t, offs_m, offs_main, T, MASKED)
         dp = tl.dot(v_main, tl.trans(dout_main), input_precision="ieee")
         p_low = p.to(dout_main.dtype)
@@ -283,6 +357,7 @@ def _attention_bwd_dkv_kernel(
     D_MAIN: tl.constexpr,
     D_TAIL: tl.constexpr,
     DOCUMENTS: tl.constexpr,
+    WIDE: tl.constexpr,
     EVEN_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -322,6 +397,7 @@ def _attention_bwd_dkv_kernel(
         dk_tail = tl.zeros([BLOCK_N, D_TAIL], tl.float32)
         dv_tail = tl.zeros([BLOCK_N, D_TAIL], tl.float32)
 
+    plane = tl.cast(B * H, tl.int64) * T
     lo = start_n // BLOCK_M * BLOCK_M
     hi = T
     full_end = T // BLOCK_M * BLOCK_M
@@ -335,17 +411,19 @@ def _attention_bwd_dkv_kernel(
     full_end = tl.maximum(full_start, full_end)
     dk_main, dk_tail, dv_main, dv_tail = _accumulate_dkv(
         dk_main, dk_tail, dv_main, dv_tail, k_main, k_tail, v_main, v_tail, q_ptr, dout_ptr, lse_ptr, delta_ptr,
-        q_stride_t, dout_stride_t, lo, full_start, position, query_end, T, scale_log2, D_MAIN, D_TAIL, BLOCK_M, True,
+        q_stride_t, dout_stride_t, lo, full_start, position, query_end, T, plane, scale_log2, D_MAIN, D_TAIL,
+        BLOCK_M, True, WIDE,
     )  # fmt: skip
     dk_main, dk_tail, dv_main, dv_tail = _accumulate_dkv(
         dk_main, dk_tail, dv_main, dv_tail, k_main, k_tail, v_main, v_tail, q_ptr, dout_ptr, lse_ptr, delta_ptr,
-        q_stride_t, dout_stride_t, full_start, full_end, position, query_end, T, scale_log2, D_MAIN, D_TAIL, BLOCK_M,
-        False,
+        q_stride_t, dout_stride_t, full_start, full_end, position, query_end, T, plane, scale_log2, D_MAIN, D_TAIL,
+        BLOCK_M, False, WIDE,
     )  # fmt: skip
     if DOCUMENTS or not EVEN_T:
         dk_main, dk_tail, dv_main, dv_tail = _accumulate_dkv(
             dk_main, dk_tail, dv_main, dv_tail, k_main, k_tail, v_main, v_tail, q_ptr, dout_ptr, lse_ptr, delta_ptr,
-            q_stride_t, dout_stride_t, full_end, hi, position, query_end, T, scale_log2, D_MAIN, D_TAIL, BLOCK_M, True,
+            q_stride_t, dout_stride_t, full_end, hi, position, query_end, T, plane, scale_log2, D_MAIN, D_TAIL,
+        BLOCK_M, True, WIDE,
         )  # fmt: skip
 
     dk_main *= scale

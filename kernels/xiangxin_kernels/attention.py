@@ -161,26 +161,31 @@ def _attention_bwd(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, cos: Tensor | None, sin: Tensor | None,
     bounds: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor, delta: Tensor, scale: float,
 ) -> None:  # fmt: skip
-    """dq, dk, dv; delta [B, H, T] fp32 is scratch. q, k come rotated; dq, dk are rotated back if cos, sin are given."""
+    """dq, dk, dv; delta [2, B, H, T] fp32 is scratch. q, k come rotated, dq, dk are rotated back by cos, sin if given."""
     B, T, H, D = q.shape
     if q.numel() == 0:
         return
     scale_log2 = scale * math.log2(math.e)
     main, tail = _split(D)
-    constants = {"R": 0 if cos is None else 2 * cos.shape[-1], "D_MAIN": main, "D_TAIL": tail}
+    constants = {
+        "R": 0 if cos is None else 2 * cos.shape[-1],
+        "D_MAIN": main,
+        "D_TAIL": tail,
+        "DOCUMENTS": bounds is not None,
+        "WIDE": q.dtype == torch.float32,
+    }
     start, end = (None, None) if bounds is None else bounds
     config = _config("bwd_dq", q)
     _attention_bwd_dq_kernel[(triton.cdiv(T, config.block_m) * B * H,)](
         q, k, v, out, dout, lse, cos, sin, start, dq, delta,
         *_strides(q), *_strides(k), *_strides(v), *_strides(out), *_strides(dout), *_strides(dq),
-        B, T, H, scale, scale_log2, DOCUMENTS=bounds is not None, **constants, **_tiles(config),
+        B, T, H, scale, scale_log2, **constants, **_tiles(config),
     )  # fmt: skip
     config = _config("bwd_dkv", q)
     _attention_bwd_dkv_kernel[(triton.cdiv(T, config.block_n) * B * H,)](
         q, k, v, dout, lse, delta, cos, sin, end, dk, dv,
         *_strides(q), *_strides(k), *_strides(v), *_strides(dout), *_strides(dk), *_strides(dv),
-        B, T, H, scale, scale_log2, DOCUMENTS=bounds is not None, EVEN_T=T % config.block_m == 0, **constants,
-        **_tiles(config),
+        B, T, H, scale, scale_log2, EVEN_T=T % config.block_m == 0, **constants, **_tiles(config),
     )  # fmt: skip
 
 
@@ -210,8 +215,9 @@ class _Attention(torch.autograd.Function):
         if dout.stride(-1) != 1:
             dout = dout.contiguous()
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        delta = lse.new_empty(2, *lse.shape)
         q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
-        _attention_bwd(q, k, v, out, dout, lse, cos, sin, bounds, dq, dk, dv, torch.empty_like(lse), ctx.scale)
+        _attention_bwd(q, k, v, out, dout, lse, cos, sin, bounds, dq, dk, dv, delta, ctx.scale)
         return dq, dk, dv, None, None, None, None, None
 
 
