@@ -41,9 +41,9 @@ class Block(nn.Module):
             heads=self.heads, eps=self.eps, segment_ids=segment_ids, cache=cache, q_start=q_start,
         )  # fmt: skip
 
-    def decode(self, x: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor) -> Tensor:
+    def decode(self, x: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor], positions: Tensor) -> Tensor:
         return decode_block(
-            x, self.ln_w, self.ln_b, self.w_in, self.b_in, self.w_out, self.b_out, cos, sin, k_cache, v_cache, positions,
+            x, self.ln_w, self.ln_b, self.w_in, self.b_in, self.w_out, self.b_out, cos, sin, *cache, positions,
             heads=self.heads, eps=self.eps,
         )  # fmt: skip
 
@@ -137,5 +137,5 @@ class Phi(nn.Module):
         x, cos, sin = self.embedded(tokens[:, None], int(positions.max()))
         x = x[:, 0]
         for layer, block in enumerate(self.blocks):
-            x = block.decode(x, cos, sin, cache.k[layer], cache.v[layer], positions)
+            x = block.decode(x, cos, sin, (cache.k[layer], cache.v[layer]), positions)
         return decode_head(x, self.ln_w, self.ln_b, self.head_w, self.head_b, self.config.eps)

@@ -1,25 +1,37 @@
 """Linear layers for a CPU: widened weights where it has no bf16 arithmetic, and rows whose bits ignore the batch."""
 
 import functools
+import threading
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Elements of one widened block (4 MiB of fp32, kept in a core's cache between the copy and the product) and the fewest
-# rows for which widening pays. Measured on 2 AVX2 cores, [M, 2560] x [2560, 17920]: 512 rows take 0.83 s widened and
-# 4.8 s by torch's own bf16 product; 4 rows 24 and 36 ms; 2 rows 26 and 19 ms.
-WIDEN_ELEMENTS = 1 << 20
+# Elements of one widened block (16 MiB of fp32, which the L3 cache still holds when the product reads it) and the fewest
+# rows for which widening pays. On one AVX2 core, [M, 2560] x [2560, 17920]: 512 rows take 0.8 s widened and 4.8 s by
+# torch's own bf16 product; 4 rows 24 and 36 ms; 2 rows 26 and 19 ms.
+WIDEN_ELEMENTS = 1 << 22
 WIDEN_ROWS = 4
 
-# Bytes of weight that all rows of a decode step pass through before the next: small enough to stay in the L3 cache.
-SHARED_BYTES = 8 << 20
+# Bytes of weight that all rows of a decode step pass through before the next, for the L3 cache to serve all but the
+# first. Not smaller: each block ends in a barrier, for which a busy machine makes the threads wait.
+SHARED_BYTES = 16 << 20
+
+_scratch = threading.local()
 
 
 @functools.cache
 def _has_bf16() -> bool:
-    """Whether oneDNN has bf16 products for this CPU; without them torch falls back to loops, 3 to 6 times slower than fp32."""
+    """Whether oneDNN has bf16 products for this CPU; without them torch falls back to loops, slower than fp32."""
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _wide_scratch(rows: int, columns: int) -> Tensor:
+    """fp32 [rows, columns] of this thread's own, in memory that is kept: fresh pages cost more than filling them."""
+    if getattr(_scratch, "values", torch.empty(0)).numel() < rows * columns:
+        with torch.inference_mode(False):  # a tensor born in inference mode could not be written outside of it
+            _scratch.values = torch.empty(rows * columns)
+    return _scratch.values[: rows * columns].view(rows, columns)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -30,18 +42,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     rows = x.numel() // x.shape[-1]
     records = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if x.is_cuda or x.dtype != torch.bfloat16 or records or rows < WIDEN_ROWS or _has_bf16():
+    plain = x.is_cuda or x.dtype != torch.bfloat16 or records or torch.compiler.is_compiling()
+    if plain or rows < WIDEN_ROWS or _has_bf16():
         return F.linear(x, weight, bias)
     N, K = weight.shape
     wide_x, wide_bias = x.reshape(rows, K).float(), bias.float()
-    out = x.new_empty(rows, N)
+    out = wide_x.new_empty(rows, N)
     step = max(1, WIDEN_ELEMENTS // K)
-    scratch = wide_x.new_empty(step, K)
     for start in range(0, N, step):
         block = slice(start, min(start + step, N))
-        wide = scratch[: block.stop - start].copy_(weight[block])
-        out[:, block] = torch.addmm(wide_bias[block], wide_x, wide.T)
-    return out.view(*x.shape[:-1], N)
+        wide = _wide_scratch(block.stop - start, K).copy_(weight[block])
+        torch.addmm(wide_bias[block], wide_x, wide.T, out=out[:, block])
+    return out.to(x.dtype).view(*x.shape[:-1], N)
 
 
 def linear_rows(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def decode_attention_ref(
 
 
 def _project(p: Tensor, C: int, heads: int, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-    """p [B, 3C+F] -> rotated q and k, v [B, H, D], and h [B, F]: to split_projection, rows are one sequence's positions."""
+    """p [B, 3C+F] -> rotated q and k, v [B, H, D], and h [B, F]; to split_projection, rows are positions of one row."""
     return tuple(t[0] for t in split_projection(p[None], C, heads, cos[positions], sin[positions]))
 
 
@@ -59,7 +59,7 @@ def decode_head_ref(x: Tensor, ln_w: Tensor, ln_b: Tensor, head_w: Tensor, head_
 
 
 def _attend_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """q [H, D] over k, v [S, H, D], in fp32: torch's bf16 attention is 3 times slower on a CPU without bf16 arithmetic."""
+    """q [H, D] over k, v [S, H, D], in fp32: without bf16 arithmetic torch's bf16 attention is 3 times slower."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, k, v = q[None, :, None].to(dtype), *(t.to(dtype).transpose(0, 1)[None] for t in (k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale)[0, :, 0]
@@ -127,5 +127,5 @@ def decode_block(
 
 
 def decode_head(x: Tensor, ln_w: Tensor, ln_b: Tensor, head_w: Tensor, head_b: Tensor, eps: float = 1e-5) -> Tensor:
-    """Logits [B, V] of x [B, C]: the final LayerNorm and the head. No gradients. ValueError on shapes that do not fit."""
+    """Logits [B, V] of x [B, C]: the final LayerNorm, then the head. No gradients. ValueError on other shapes."""
     return linear_rows(layer_norm(x, ln_w, ln_b, eps), head_w, head_b)

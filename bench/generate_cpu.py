@@ -1,0 +1,190 @@
+"""Generation on a CPU beside transformers' `generate`: the same random weights, the two taking turns.
+
+The peer shares storage with our model wherever the layouts allow (its q, k, v and fc1 weights are rows of our w_in, in
+another order, which changes values and not speed), so that 2.78 B parameters in fp32 fit twice into 16 GB; its dense
+and fc2 weights, columns of our w_out, get memory of their own: the peer is never slowed.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bench.measure import environment
+from xiangxin_fast.config import PhiConfig
+from xiangxin_fast.generator import Generator
+from xiangxin_fast.model import Phi
+
+
+def build_pair(config: PhiConfig, dtype: torch.dtype) -> tuple[Phi, nn.Module]:
+    """Our model with random weights and transformers' PhiForCausalLM of the same shape, sharing what they can."""
+    from transformers import PhiConfig as PeerConfig
+    from transformers import PhiForCausalLM
+    from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
+
+    C, F, R = config.channels, config.mlp_hidden, config.rotary_dim
+    ours = Phi(config, dtype=dtype).requires_grad_(False)
+    noise = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).mul_(config.init_std).to(dtype)
+    for parameter in ours.parameters():
+        flat = parameter.view(-1)
+        for start in range(0, flat.numel(), noise.numel()):
+            flat[start : start + noise.numel()] = noise[: flat.numel() - start]
+    peer_config = PeerConfig(
+        vocab_size=config.vocab,
+        hidden_size=C,
+        intermediate_size=F,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        max_position_embeddings=config.context,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": config.rope_theta,
+            "partial_rotary_factor": R / config.head_dim,
+        },
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+        dtype=dtype,
+    )
+    with torch.device("meta"):
+        peer = PhiForCausalLM(peer_config).to(dtype)
+    state = {
+        "model.embed_tokens": (ours.embed, None),
+        "model.final_layernorm": (ours.ln_w, ours.ln_b),
+        "lm_head": (ours.head_w, ours.head_b),
+    }
+    for i, block in enumerate(ours.blocks):
+        q, k, v, fc1 = zip(block.w_in.split([C, C, C, F]), block.b_in.split([C, C, C, F]), strict=True)
+        dense, fc2 = (part.contiguous() for part in block.w_out.split([C, F], dim=1))
+        state |= {
+            f"model.layers.{i}.input_layernorm": (block.ln_w, block.ln_b),
+            f"model.layers.{i}.self_attn.q_proj": q,
+            f"model.layers.{i}.self_attn.k_proj": k,
+            f"model.layers.{i}.self_attn.v_proj": v,
+            f"model.layers.{i}.self_attn.dense": (dense, block.b_out[0]),
+            f"model.layers.{i}.mlp.fc1": fc1,
+            f"model.layers.{i}.mlp.fc2": (fc2, block.b_out[1]),
+        }
+    tensors = {f"{name}.weight": weight for name, (weight, _) in state.items()}
+    tensors |= {f"{name}.bias": bias for name, (_, bias) in state.items() if bias is not None}
+    peer.load_state_dict(tensors, assign=True)
+    peer.model.rotary_emb = PhiRotaryEmbedding(peer_config)
+    return ours, peer.eval()
+
+
+class _Timestamps:
+    """A streamer of transformers' that notes when each token came; the first `put` is the prompt."""
+
+    def __init__(self):
+        self.at: list[float] = []
+
+    def put(self, value) -> None:
+        self.at.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _run_ours(generator: Generator, prompt: list[int], new_tokens: int) -> list[float]:
+    at = [time.perf_counter()]
+    for _ in generator.stream([prompt], max_new_tokens=new_tokens, temperature=0, stop_ids=()):
+        at.append(time.perf_counter())
+    return at
+
+
+def _run_peer(peer: nn.Module, prompt: list[int], new_tokens: int) -> list[float]:
+    streamer = _Timestamps()
+    begin = time.perf_counter()
+    tokens = torch.tensor([prompt])
+    with torch.inference_mode():
+        peer.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            streamer=streamer,
+        )
+    return [begin, *streamer.at[1:]]
+
+
+def _summary(seconds: list[float]) -> dict[str, float]:
+    return {"median_s": statistics.median(seconds), "min_s": min(seconds), "samples": len(seconds)}
+
+
+def measure(
+    ours: Phi, peer: nn.Module, *, prompt_tokens: int, new_tokens: int, rounds: int, seed: int = 0
+) -> dict[str, object]:
+    """Times `rounds` turns of each, in alternating order: seconds to the first token, and for each token after it."""
+    generator = Generator(ours)
+    ids = torch.randint(ours.config.vocab, (prompt_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+    turns = {
+        "xiangxin_fast": lambda: _run_ours(generator, ids, new_tokens),
+        "transformers": lambda: _run_peer(peer, ids, new_tokens),
+    }
+    first: dict[str, list[float]] = {name: [] for name in turns}
+    decode: dict[str, list[float]] = {name: [] for name in turns}
+    load = []
+    for turn in range(rounds + 1):
+        load.append(os.getloadavg()[0])
+        for name in sorted(turns, reverse=turn % 2 == 0):
+            at = turns[name]()
+            if turn:  # the first round warms up
+                gaps = [b - a for a, b in itertools.pairwise(at)]
+                first[name].append(gaps[0])
+                decode[name] += gaps[1:]
+    result: dict[str, object] = {
+        "dtype": str(ours.embed.dtype).removeprefix("torch."),
+        "parameters": ours.config.parameters,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "rounds": rounds,
+        "load_average": load,
+    }
+    for what, samples in (("first_token", first), ("decode", decode)):
+        if samples["transformers"]:
+            figures = {name: _summary(seconds) for name, seconds in samples.items()}
+            ratios = {
+                f"speedup_{key}": figures["transformers"][f"{key}_s"] / figures["xiangxin_fast"][f"{key}_s"]
+                for key in ("median", "min")
+            }
+            result[what] = figures | ratios
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="xiangxin-3b")
+    parser.add_argument("--layers", type=int, help="fewer layers than the preset's, for a quick look")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--decode", type=int, nargs=3, default=[32, 9, 8], metavar=("PROMPT", "NEW", "ROUNDS"))
+    parser.add_argument("--prefill", type=int, nargs=2, default=[512, 3], metavar=("PROMPT", "ROUNDS"))
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    config = PhiConfig.from_preset(arguments.preset)
+    if arguments.layers:
+        config = PhiConfig(**{**vars(config), "layers": arguments.layers})
+    results = []
+    for dtype in arguments.dtypes:
+        ours, peer = build_pair(config, getattr(torch, dtype))
+        prompt, new, rounds = arguments.decode
+        if rounds:
+            results.append(measure(ours, peer, prompt_tokens=prompt, new_tokens=new, rounds=rounds))
+            print(json.dumps(results[-1]), flush=True)
+        prompt, rounds = arguments.prefill
+        if rounds:
+            results.append(measure(ours, peer, prompt_tokens=prompt, new_tokens=1, rounds=rounds))
+            print(json.dumps(results[-1]), flush=True)
+        del ours, peer
+    if arguments.out:
+        record = {"environment": environment(torch.device("cpu")), "results": results}
+        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
