@@ -74,7 +74,6 @@ class Case:
     flops: Callable[[Shape], dict[str, float]]
     moved: Callable[[Shape, int], dict[str, float]]
     rows: tuple[str, ...] = ()  # inputs whose axis 0 the fp64 reference may take one at a time, to spare memory
-    compute_bound: bool = True  # the figure that speaks: TFLOP/s, or GB/s
     graph: bool = False  # so short that a GPU is timed on the replay of a CUDA graph
 
     @property
@@ -133,6 +132,26 @@ def _decode_inputs(shape: Shape, draw: Draw) -> Inputs:
     k_cache, v_cache = (draw(shape.B, S, H, D) for _ in range(2))
     lengths = torch.full((shape.B,), S, device=draw.device)
     return {"q": draw(shape.B, H, D), "k_cache": k_cache, "v_cache": v_cache, "lengths": lengths}
+
+
+def _decode_block_inputs(shape: Shape, draw: Draw) -> Inputs:
+    inputs = _block_inputs(shape, draw)
+    H, D, S = shape.config.heads, shape.config.head_dim, shape.T
+    k_cache, v_cache = (draw(shape.B, S, H, D) for _ in range(2))
+    last = torch.full((shape.B,), S - 1, device=draw.device)
+    inputs["x"] = inputs["x"][:, 0].contiguous()
+    return inputs | {"k_cache": k_cache, "v_cache": v_cache, "positions": last}
+
+
+def _decode_head_inputs(shape: Shape, draw: Draw) -> Inputs:
+    C, V, std = shape.config.channels, shape.config.vocab, shape.config.init_std
+    return {
+        "x": draw(shape.B, C),
+        "ln_w": 1 + draw(C, std=0.1),
+        "ln_b": draw(C, std=0.1),
+        "head_w": draw(V, C, std=std),
+        "head_b": draw(V, std=std),
+    }
 
 
 def _layer_norm_inputs(shape: Shape, draw: Draw) -> Inputs:
@@ -234,6 +253,10 @@ def _decode_traffic(shape: Shape, e: int) -> dict[str, float]:
     return {"fwd": 2.0 * e * shape.B * (shape.T + 1) * shape.config.channels}
 
 
+def _decode_block_traffic(shape: Shape, e: int) -> dict[str, float]:
+    return {"fwd": float(e * layer_weights(shape.config)) + _decode_traffic(shape, e)["fwd"]}
+
+
 def _gemm_flops(shape: Shape, weights: int) -> dict[str, float]:
     return _fwd_bwd(2.0 * shape.N * weights, 4.0 * shape.N * weights)
 
@@ -258,7 +281,6 @@ CASES = {
             leaves=("x", "weight", "bias"),
             flops=_per_element(lambda s: s.N * s.config.channels, 8, 14),
             moved=_norm_traffic,
-            compute_bound=False,
         ),
         Case(
             op="attention",
@@ -297,7 +319,6 @@ CASES = {
             leaves=("logits",),
             flops=_per_element(lambda s: s.N * s.config.vocab, 4, 4),
             moved=_logits_traffic,
-            compute_bound=False,
         ),
         Case(
             op="linear_cross_entropy",
@@ -317,7 +338,26 @@ CASES = {
             rows=("q", "k_cache", "v_cache", "lengths"),
             flops=lambda s: {"fwd": 4.0 * s.B * s.T * s.config.channels},
             moved=_decode_traffic,
-            compute_bound=False,
+            graph=True,
+        ),
+        Case(
+            op="decode_block",
+            reference=kernels.decode_block_ref,
+            ours=kernels.decode_block,
+            make=_decode_block_inputs,
+            leaves=(),
+            flops=lambda s: {"fwd": 2.0 * s.B * (layer_weights(s.config) + 2 * s.T * s.config.channels)},
+            moved=_decode_block_traffic,
+            graph=True,
+        ),
+        Case(
+            op="decode_head",
+            reference=kernels.decode_head_ref,
+            ours=kernels.decode_head,
+            make=_decode_head_inputs,
+            leaves=(),
+            flops=lambda s: {"fwd": 2.0 * s.B * s.config.vocab * s.config.channels},
+            moved=lambda s, e: {"fwd": float(e * s.config.vocab * (s.config.channels + s.B))},
             graph=True,
         ),
     )

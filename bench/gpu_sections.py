@@ -140,7 +140,8 @@ def train_peer(work: Work) -> None:
 def generate(work: Work) -> None:
     work.item("prefill and decode", generation.bench, work)
     for shape in work.shapes((1, 2048), (8, 2048), (32, 2048)):
-        work.bench("decode_attention", "all", shape, 2)
+        for op in ("decode_attention", "decode_block", "decode_head"):
+            work.bench(op, "all", shape, 1)
 
 
 def races_section(work: Work) -> None:

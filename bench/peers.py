@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from xiangxin_kernels.attention import rotate_half_ref
+from xiangxin_kernels.parallel_block import split_projection
 
 from .cases import Case, Inputs, Provider, Run, Shape, Unavailable, compiled, of_inputs
 from .hugging_face import layer_peer
@@ -116,6 +117,21 @@ def _sdpa_decode(backend: SDPBackend) -> Provider:
             return F.scaled_dot_product_attention(q[:, :, None], k, v)[:, :, 0]
 
     return of_inputs(run)
+
+
+def _decode_block(x, ln_w, ln_b, w_in, b_in, w_out, b_out, cos, sin, k_cache, v_cache, positions, *, heads) -> Tensor:
+    """A decode step of a layer in plain torch without a host sync; every row stands at the cache's last position."""
+    C = x.shape[1]
+    p = F.linear(F.layer_norm(x, (C,), ln_w, ln_b, 1e-5), w_in, b_in)[:, None]
+    q, k, v, h = split_projection(p, C, heads, cos[-1:], sin[-1:])
+    k_cache[:, -1:], v_cache[:, -1:] = k, v
+    attended = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k_cache, v_cache)))
+    z = torch.cat([attended.transpose(1, 2).flatten(2), F.gelu(h, approximate="tanh")], dim=-1)
+    return x + F.linear(z[:, 0], w_out, b_out[0] + b_out[1])
+
+
+def _compiled_decode_block(case: Case, inputs: Inputs, shape: Shape) -> Run:
+    return of_inputs(compiled(_decode_block, shape))(case, inputs, shape)
 
 
 def _flash_attn_decode(case: Case, inputs: Inputs, shape: Shape) -> Run:
@@ -222,6 +238,8 @@ PEERS: dict[str, dict[str, Provider]] = {
         "SDPA math": _sdpa_decode(SDPBackend.MATH),
         "flash-attn 2": _flash_attn_decode,
     },
+    "decode_block": {"torch": of_inputs(_decode_block), TORCH_COMPILE: _compiled_decode_block},
+    "decode_head": {"torch": reference, TORCH_COMPILE: compiled_reference},
 }
 
 

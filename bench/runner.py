@@ -141,8 +141,12 @@ def run_case(
     dout = judge.dout if judge.dout.dim() else torch.ones_like(judge.dout)  # training starts its backward from 1
     del judge
 
-    if case.graph:
-        runs = {name: Run(as_graph(run.forward, device), run.leaves) for name, run in runs.items()}
+    for name, run in runs.items() if case.graph else ():
+        try:
+            runs[name] = Run(as_graph(run.forward, device), run.leaves)
+        except Exception as error:  # timed with its launches then, and that is said
+            notes[name]["not_captured"] = reason_of(error)
+            assert_alive(device)
     flops, moved = case.flops(shape), case.moved(shape, torch.finfo(dtype).bits // 8)
     timings = []
     for mode in (m for m in modes if m in case.modes):

@@ -1,0 +1,355 @@
+"""The benches: what they count, that nothing wrong gets a number, and that a GPU run survives what its sections do."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import xiangxin_kernels
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench.__main__ as command_line
+from bench import gpu, report
+from bench.cases import CASES, SHAPES, TINY, Case, Shape, make_inputs
+from bench.measure import interleaved
+from bench.numerics import compare
+from bench.peers import PEERS, reference
+from bench.races import parse_sanitizer
+from bench.runner import run_case
+from bench.train_step import flops_per_token
+from xiangxin_fast.errors import InputError
+from xiangxin_fast.reference import PhiReference
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def records_of(directory: Path, kind: str) -> list[dict]:
+    return [r for r in gpu.read_records(directory / gpu.RESULTS) if r["kind"] == kind]
+
+
+class TestNumericsRule:
+    """Each criterion fails what it is there for; rounding itself passes."""
+
+    exact = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rounded = exact.bfloat16()
+
+    def test_rounding_passes(self):
+        assert compare(self.rounded, self.rounded, self.exact).passed
+
+    def test_one_element_far_off_fails_the_largest_error(self):
+        actual = self.rounded.clone()
+        actual[17] += 0.125
+        found = compare(actual, self.rounded, self.exact)
+        assert (found.criterion, found.passed) == ("max", False)
+        assert "[17]" in found.worst
+
+    def test_twice_and_more_the_noise_fails_the_rms(self):
+        noisy = (self.exact + 2.6 * (self.rounded.double() - self.exact).flip(0)).bfloat16()
+        assert compare(noisy, self.rounded, self.exact).rms_ratio > 1
+
+    def test_a_bias_below_both_fails_the_mean(self):
+        exact = self.exact.abs() + 1
+        down = (exact.float().view(torch.int32) & ~0xFFFF).view(torch.float32).bfloat16()
+        found = compare(down, exact.bfloat16(), exact)
+        assert (found.criterion, found.passed) == ("mean", False)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_not_finite_where_fp64_is_fails_and_the_reverse(self, value):
+        actual = self.rounded.clone()
+        actual[3] = value
+        assert not compare(actual, self.rounded, self.exact).passed
+        exact = self.exact.clone()
+        exact[3] = value
+        assert not compare(self.rounded, self.rounded, exact).passed
+        assert compare(actual, actual, exact).passed
+
+    def test_a_reference_that_overflows_is_no_excuse(self):
+        plain = self.rounded.clone()
+        plain[3] = float("inf")
+        actual = self.rounded.clone()
+        actual[3] += 4
+        assert not compare(actual, plain, self.exact).passed
+
+
+def test_every_op_of_the_front_door_has_a_case_peers_and_a_name_on_the_command_line():
+    ops = {name for name in xiangxin_kernels.__all__ if not name.endswith("_ref")}
+    assert ops <= set(CASES)
+    assert set(CASES) == set(PEERS) == set(command_line.OPS)
+
+
+@pytest.mark.parametrize("op", ["gelu_mlp", "linear_cross_entropy", "attention", "parallel_block"])
+def test_flops_are_those_that_torch_counts(op):
+    """torch counts every score; the cases the causal half of them."""
+    case, shape = CASES[op], SHAPES["tiny"]
+    inputs = make_inputs(case, shape, CPU, torch.float32)
+    with FlopCounterMode(display=False) as forward:
+        out = case.reference(**inputs)
+    with FlopCounterMode(display=False) as backward:
+        torch.autograd.grad(out.sum(), [inputs[name] for name in case.leaves])
+    scores = 2.0 * shape.B * shape.config.channels * shape.T**2 if "q" in inputs or "ln_w" in inputs else 0.0
+    assert forward.get_total_flops() == case.flops(shape)["fwd"] + scores
+    # A flash backward computes the scores once more: 2.5 times the forward, of which torch's has 2.
+    assert backward.get_total_flops() == case.flops(shape)["bwd"] + 2 * scores - scores / 2
+
+
+def test_training_flops_are_those_that_torch_counts():
+    config, B, T = replace(TINY, layers=2), 2, 7
+    tokens = torch.randint(config.vocab, (B, T))
+    with FlopCounterMode(display=False) as counter:
+        PhiReference(config).loss(tokens, tokens).backward()
+    causal, full = flops_per_token(config, T)
+    assert counter.get_total_flops() == full * B * T
+    assert full - causal == 6 * config.layers * config.channels * T
+
+
+def bench_tiny(case: Case, peers: dict) -> list[dict]:
+    records = []
+    shape, modes = SHAPES["tiny"], ("fwd", "bwd")
+    options = {"modes": modes, "peers": peers, "seconds": 0.0, "ceilings": None, "emit": records.append}
+    run_case(case, shape, CPU, torch.float32, **options)
+    return records
+
+
+@pytest.mark.parametrize("wrong", ["out", "gradient"])
+def test_an_op_that_is_wrong_gets_no_number(wrong):
+    def broken(x, weight, bias):
+        out = xiangxin_kernels.layer_norm(x, weight, bias)
+        return out * 1.001 if wrong == "out" else out + 0.01 * (weight - weight.detach())
+
+    records = bench_tiny(replace(CASES["layer_norm"], ours=broken), {"torch": reference})
+    verdict = next(r for r in records if r["kind"] == "check" and r["provider"] == "ours")
+    assert not verdict["passed"]
+    assert {r["provider"] for r in records if r["kind"] == "time"} == {"torch"}
+
+
+def test_a_peer_that_cannot_run_costs_only_itself():
+    def absent(case: Case, inputs: dict, shape: Shape):
+        raise RuntimeError("built for another torch")
+
+    records = bench_tiny(CASES["layer_norm"], {"absent": absent, "torch": reference})
+    assert [(r["provider"], r["reason"]) for r in records if r["kind"] == "error"] == [
+        ("absent", "RuntimeError: built for another torch")
+    ]
+    timed = [(r["mode"], r["provider"]) for r in records if r["kind"] == "time"]
+    assert timed == [("fwd", "ours"), ("fwd", "torch"), ("bwd", "ours"), ("bwd", "torch")]
+
+
+def test_turns_interleave_and_a_failing_one_is_named():
+    calls = []
+
+    def turn(name: str):
+        def run(start):
+            start()
+            calls.append(name)
+            if name == "bad":
+                raise ValueError("no")
+
+        return run
+
+    timings, failed = interleaved({name: turn(name) for name in ("a", "bad", "b")}, CPU, 1e-9, flush=False)
+    assert failed == {"bad": "ValueError: no"}
+    assert set(timings) == {"a", "b"}
+    assert timings["a"].p20 <= timings["a"].median <= timings["a"].p80
+    assert calls[-2 * timings["a"].rounds :] == ["a", "b"] * timings["a"].rounds
+
+
+# What a section of bench.gpu may do to its process. Items are begun and recorded as gpu_sections.Work does it.
+BEHAVIOUR = """
+import os, signal, sys, time
+from pathlib import Path
+from bench.gpu import append, begun_items
+what, results = sys.argv[1], Path(sys.argv[2]) / "results.jsonl"
+def item(name):
+    if name not in begun_items(results, what):
+        append(results, {"kind": "begin", "section": what, "item": name})
+        return True
+if item("first"):
+    append(results, {"kind": "figure", "section": what, "item": "first"})
+if item("second"):
+    if what == "raises":
+        raise RuntimeError("boom")
+    if what == "hangs":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(600)
+    if what == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    append(results, {"kind": "figure", "section": what, "item": "second"})
+if item("third"):
+    append(results, {"kind": "figure", "section": what, "item": "third"})
+"""
+
+
+def test_a_section_that_raises_hangs_or_dies_costs_only_itself(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    names = ("good", "raises", "hangs", "dies", "last")
+    sections = tuple(gpu.Section(name, 0.4 if name == "hangs" else 1.0, name) for name in names)
+    run = gpu.Run(
+        tmp_path, 0.6, lambda section, seconds: [sys.executable, "-c", BEHAVIOUR, section.name, str(tmp_path)]
+    )
+    run.sections(sections)
+    figures = {name: [r["item"] for r in records_of(tmp_path, "figure") if r["section"] == name] for name in names}
+    assert figures["good"] == figures["last"] == ["first", "second", "third"]
+    # The process that died is started again behind the item that killed it; the one that hung is not.
+    assert figures["raises"] == figures["dies"] == ["first", "third"]
+    assert figures["hangs"] == ["first"]
+    status = {r["section"]: (r["status"], r["attempts"]) for r in records_of(tmp_path, "section")}
+    assert status["good"] == status["last"] == ("done", 1)
+    assert status["raises"] == status["dies"] == ("done", 2)
+    assert status["hangs"][0].startswith("killed at its limit")
+
+
+def test_the_log_of_a_section_that_prints_without_end_stays_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "LOG_BYTES_PER_SECTION", 1000)
+    run = gpu.Run(tmp_path, 1, lambda section, seconds: [sys.executable, "-c", "print('x' * 9000, 'the end')"])
+    run.sections((gpu.Section("a", 1, ""), gpu.Section("b", 1, "")))
+    log = (tmp_path / gpu.LOG).read_text()
+    assert len(log) < 2200
+    assert log.count("the end") == 2
+
+
+def test_the_process_that_runs_the_sections_imports_no_torch():
+    subprocess.run(
+        [sys.executable, "-c", "import sys, bench.gpu; sys.exit('torch' in sys.modules)"], cwd=ROOT, check=True
+    )
+
+
+@pytest.mark.parametrize(
+    "sections",
+    ["correctness,races,sanitizer", "attention,block,cross_entropy", "train,train_peer,generate"],
+)
+def test_a_dry_run_walks_the_sections_without_what_a_bare_machine_lacks(tmp_path, sections):
+    absent = tmp_path / "absent"
+    absent.mkdir()
+    for package in ("tyro", "importlinter", "pytest"):
+        (absent / f"{package}.py").write_text("raise ImportError('a bare machine has none')\n")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--out", str(out), "--minutes", "8", "--only", sections]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(absent), str(ROOT), str(ROOT / "kernels")])}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    log = (out / gpu.LOG).read_text()
+    assert done.returncode == 0, done.stderr + log
+    status = {r["section"]: r["status"] for r in records_of(out, "section")}
+    assert status == dict.fromkeys(["device", *sections.split(",")], "done"), log
+    # Items may fail only where a backend needs a GPU; an error without a provider is ours.
+    assert [r for r in records_of(out, "error") if "provider" not in r or r["provider"] == "ours"] == [], log
+    ours = [r for r in records_of(out, "check") if r.get("provider") == "ours"]
+    assert ours or "train" in sections
+    assert all(r["passed"] for r in ours), ours
+    assert (out / gpu.TABLE).read_text().strip() in done.stdout
+    assert len(list(out.iterdir())) == 3
+
+
+def test_command_line_judges_times_and_draws(tmp_path, monkeypatch, capsys):
+    options = ["--tokens", "16", "--against", "torch", "--seconds", "0.01", "--mode", "fwdbwd", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["bench", "layer_norm", *options])
+    monkeypatch.setitem(PEERS, "layer_norm", {"torch": reference})
+    command_line.main()
+    printed = capsys.readouterr().out
+    assert "layer_norm" in printed
+    assert "measured ceilings" in printed
+    kinds = [r["kind"] for r in gpu.read_records(tmp_path / "layer_norm.jsonl")]
+    assert kinds == ["environment", "ceilings", "check", "check", "time", "time"]
+    assert (tmp_path / "layer_norm.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nonsense"], "expected layer_norm"),
+        (["attention", "demo"], "alone"),
+        (["attention", "--mode", "sideways"], "expected fwd, bwd, fwdbwd"),
+        (["attention", "--frobnicate"], "unrecognized"),
+    ],
+)
+def test_command_line_refuses_in_one_line(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main()
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_sanitizer_summaries_are_understood():
+    memcheck = "========= Invalid read\n=========     at kernel+0x10\n========= ERROR SUMMARY: 3 errors\n"
+    assert parse_sanitizer(memcheck) == (3, ["=========     at kernel+0x10"])
+    assert parse_sanitizer("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n") == (0, [])
+    assert parse_sanitizer("========= Error: Device not supported\n") == (None, [])
+
+
+README = "# Title\n" + "".join(f"<!-- bench:begin {n} -->\nold\n<!-- bench:end {n} -->\ntext\n" for n in report.BLOCKS)
+
+
+@pytest.fixture
+def measured(tmp_path) -> tuple[Path, Path]:
+    """A README with markers, and a directory of results that a GPU run was added to."""
+    run, results, readme = tmp_path / "run", tmp_path / "results", tmp_path / "README.md"
+    run.mkdir()
+    facts = {
+        "device": "NVIDIA X100",
+        "capability": "9.0",
+        "date": "2026-01-02T03:04:05Z",
+        "torch": "2",
+        "commit": "abc",
+    }
+    gpu.append(run / gpu.RESULTS, {"kind": "environment"} | facts)
+    gpu.append(run / gpu.RESULTS, {"kind": "ceilings", "copy_bytes_per_s": 4e12, "matmul_flops_per_s": 8e14})
+    for provider, ms in (("ours", 2.0), ("slow", 9.0), ("fast", 3.0)):
+        about = {"kind": "time", "op": "attention", "shape": "B=8", "dtype": "bfloat16", "mode": "fwd"}
+        figures = {"ms": ms, "p20": ms, "p80": ms, "tflops": 600 / ms, "gbs": 800 / ms, "percent": 50.0}
+        extra = {"provider": provider, "implementation": "kernels", "ratio": 0.5}
+        gpu.append(run / gpu.RESULTS, about | figures | extra)
+    assert report.add(run, results).name == "gpu-nvidia-x100-2026-01-02T0304.jsonl"
+    readme.write_text(README)
+    return readme, results
+
+
+def test_report_writes_the_tables_from_the_results_and_knows_when_they_are_stale(measured):
+    readme, results = measured
+    picture = "gpu-nvidia-x100-2026-01-02T0304-attention.png"
+    assert report.stale(readme, results) == ["README.md, gpu", "README.md, cpu", "README.md, demo", picture]
+    report.write(readme, results)
+    assert report.stale(readme, results) == []
+    text = readme.read_text()
+    assert "| attention | B=8 | fwd | 2 ms | 300 TFLOP/s | 50% | fast, 3 ms | 1.50x |" in text
+    assert text.startswith("# Title\n")
+    assert text.count("text\n") == 3
+    assert "old" not in text
+    readme.write_text(text.replace("300 TFLOP/s", "400 TFLOP/s"))
+    assert report.stale(readme, results) == ["README.md, gpu"]
+    file = next(results.glob("*.jsonl"))
+    file.write_text(file.read_text() + "\n")
+    report.write(readme, results)
+    (results / "gpu-of-no-run.png").touch()
+    assert report.stale(readme, results) == ["gpu-of-no-run.png"]
+
+
+def test_report_says_what_is_not_measured(tmp_path):
+    for build in report.BLOCKS.values():
+        assert "not yet measured" in build(tmp_path).lower()
+
+
+def test_report_refuses_a_run_without_a_gpu(tmp_path):
+    gpu.append(tmp_path / gpu.RESULTS, {"kind": "environment", "device": "a CPU", "date": "2026-01-02T03:04:05Z"})
+    with pytest.raises(InputError, match="expected a run on a GPU, got one on a CPU"):
+        report.add(tmp_path, tmp_path / "results")
+
+
+def test_report_of_the_cpu_chain(tmp_path):
+    where = {"environment": {"device": "CPU", "torch": "2", "commit": "abc", "date": "2026"}}
+    both = {"xiangxin_fast": {"median_s": 0.2}, "transformers": {"median_s": 0.5}}
+    generate = {"dtype": "bfloat16", "parameters": 10, "prompt_tokens": 32, "decode": both}
+    (tmp_path / "cpu-generate.json").write_text(json.dumps(where | {"results": [generate]}))
+    losses = {"unigram_loss": 7.0, "validation_loss": 5.5, "steps": 9, "minutes": 5, "held_out_tokens": 100}
+    (tmp_path / "cpu-demo.json").write_text(json.dumps(where | {"results": [losses]}))
+    assert "| decode after 32 tokens | bfloat16 | 0.200 s | 0.500 s | 2.50x |" in report.cpu_block(tmp_path)
+    assert "| lower by | 1.500 |" in report.demo_block(tmp_path)
+
+
+def test_readme_and_pictures_are_those_of_the_result_files():
+    assert report.stale() == [], "run: python -m bench.report"
