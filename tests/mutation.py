@@ -1,0 +1,110 @@
+"""Breaks a kernel on purpose and shows that its tests notice: `python -m tests.mutation [word of a name ...]`.
+
+Each mutation is one change of text in a copy of the kernels package; the named tests run against the copy in Triton's
+interpreter and must fail. A mutant that lives is a test that is missing. Add some with every kernel: a mask that is one
+too wide, a swapped axis, a dropped term, a scale left out, an offset in 32 bits.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "kernels/xiangxin_kernels"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """Replaces `old`, which occurs exactly once in kernels/xiangxin_kernels/`file`, by `new`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str  # what must notice, as arguments of pytest
+
+    @property
+    def source(self) -> str:
+        return (ROOT / PACKAGE / self.file).read_text()
+
+
+def _layer_norm(name: str, old: str, new: str) -> Mutation:
+    return Mutation(f"layer_norm: {name}", "layer_norm.py", old, new, "tests/kernels/test_layer_norm.py")
+
+
+MUTATIONS = [
+    _layer_norm("load mask one too wide", "mask=offs_tail < C, other=0.0", "mask=offs_tail <= C, other=0.0"),
+    _layer_norm("store mask one too wide", "element_ty), mask=offs_tail < C)", "element_ty), mask=offs_tail <= C)"),
+    _layer_norm("padded lanes in the variance", "tl.where(mask_tail, x_tail - mean, 0.0)", "x_tail - mean"),
+    _layer_norm("unbiased variance", "squares / C - correction", "squares / (C - 1) - correction"),
+    _layer_norm("uncorrected mean", "y_main = (x_main - correction)", "y_main = x_main"),
+    _layer_norm("uncorrected mean saved", "mean_ptr + row, mean + correction)", "mean_ptr + row, mean)"),
+    _layer_norm("eps left out", "tl.sqrt_rn(var + eps)", "tl.sqrt_rn(var)"),
+    _layer_norm("row offset in 32 bits", "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)"),
+    _layer_norm("gradient row offset in 32 bits", "row = tl.cast(n, tl.int64)", "row = tl.cast(n, tl.int32)"),
+    _layer_norm("stride of another tensor", "dout_ptr + row * dout_stride_n", "dout_ptr + row * x_stride_n"),
+    _layer_norm(
+        "rstd left out of a piece", "dx_tail = (g_tail - g_mean - xhat_tail * gx_mean) * rstd", "dx_tail = g_tail"
+    ),
+    _layer_norm("a term of dx dropped", "(g_main - g_mean - xhat_main", "(g_main - xhat_main"),
+    _layer_norm("residual gradient of a piece dropped", "dx_tail += tail", "dx_tail += 0.0"),
+    _layer_norm("rows of one round alone", "dbias_main += dout_main", "dbias_main = dout_main"),
+    _layer_norm("dweight and dbias swapped", "dweight, dbias = partial", "dbias, dweight = partial"),
+    _layer_norm(
+        "strided weight read in place", "_layer_norm_fwd(rows, weight.contiguous()", "_layer_norm_fwd(rows, weight"
+    ),
+]
+
+
+def is_noticed(mutation: Mutation, directory: Path) -> tuple[bool, str]:
+    """Runs the tests against a mutated copy under `directory`: whether they fail or crash, and the end of their output.
+
+    Raises ValueError where `old` does not occur exactly once: the kernel has moved on, and the mutation must follow.
+    """
+    if mutation.source.count(mutation.old) != 1:
+        count = mutation.source.count(mutation.old)
+        raise ValueError(f"{mutation.name}: expected {mutation.old!r} once in {mutation.file}, got it {count} times")
+    copy = directory / PACKAGE
+    shutil.copytree(ROOT / PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / mutation.file).write_text(mutation.source.replace(mutation.old, mutation.new))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        f"pythonpath=. {copy.parent}",
+    ]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [*command, *mutation.tests.split()], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode > 1:
+        raise ValueError(f"{mutation.name}: the tests did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.returncode != 0, done.stdout[-2000:]
+
+
+def main() -> None:
+    console = Console()
+    chosen = [m for m in MUTATIONS if not sys.argv[1:] or any(word in m.name for word in sys.argv[1:])]
+    lived = []
+    for mutation in chosen:
+        with tempfile.TemporaryDirectory() as directory, console.status(mutation.name):
+            noticed, _ = is_noticed(mutation, Path(directory))
+        console.print(f"{'noticed' if noticed else '[bold red]LIVED[/]  '}  {mutation.name}")
+        lived += [] if noticed else [mutation.name]
+    console.print(f"{len(chosen) - len(lived)} of {len(chosen)} mutations noticed")
+    sys.exit(bool(lived))
+
+
+if __name__ == "__main__":
+    main()

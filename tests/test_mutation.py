@@ -1,0 +1,31 @@
+"""Every mutation still applies, and every mutant is noticed by its kernel's tests."""
+
+import pytest
+
+from tests.mutation import MUTATIONS, Mutation, is_noticed
+
+ANCHOR = "def layer_norm("
+UNCHANGED = Mutation("nothing", "layer_norm.py", ANCHOR, ANCHOR, "tests/kernels/test_layer_norm.py")
+
+
+def _by_name(mutation: Mutation) -> str:
+    return mutation.name
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=_by_name)
+def test_mutation_applies(mutation):
+    assert mutation.source.count(mutation.old) == 1
+    assert mutation.old != mutation.new
+
+
+@pytest.mark.slow
+def test_what_is_unchanged_passes(tmp_path):
+    noticed, output = is_noticed(UNCHANGED, tmp_path)
+    assert not noticed, output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=_by_name)
+def test_mutant_is_noticed(mutation, tmp_path):
+    noticed, output = is_noticed(mutation, tmp_path)
+    assert noticed, f"no test failed:\n{output}"
