@@ -503,7 +503,7 @@ def test_help_teaches_without_importing_torch(tmp_path):
     )
     assert done.stdout.endswith("0 False\n"), done.stderr
     assert "--init-from" in done.stdout
-    assert "Peak learning rate. (default: 0.002)" in " ".join(done.stdout.split())
+    assert "Peak learning rate. (default: 0.0015)" in " ".join(done.stdout.split())
 
 
 def test_report_draws_the_curves_of_several_runs(straight, tmp_path):

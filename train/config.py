@@ -109,12 +109,12 @@ PRESETS: dict[str, dict] = {
         "micro_batch": 2,
         "steps": 3400,
         "minutes": 4.6,
-        "lr": 2e-3,
+        "lr": 1.5e-3,
         "lr_floor": 0.02,
         "warmup": 0.05,
-        "validate_every": 100,
+        "validate_every": 200,
         "validation_samples": 32,
-        "save_every": 200,
+        "save_every": 300,
     },
 }
 

@@ -17,7 +17,10 @@ def main() -> None:
     config = parse(sys.argv[1:])
     from train.loop import train  # imports torch, which --help and a mistyped option need not wait for
 
-    outcome = train(config)
+    try:
+        outcome = train(config)
+    except KeyboardInterrupt:
+        sys.exit("interrupted before the first step: nothing to save")
     if outcome.finished:
         print(f"Finished at step {outcome.step}: the model is {outcome.model}")
     else:
