@@ -366,3 +366,22 @@ def test_somewhere_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="expected a directory to write to"):
         save_pretrained(random_model(CONFIG), tmp_path / "file")
+
+
+@pytest.mark.parametrize(("kind", "name"), [("single", "config.json"), ("sharded", INDEX), ("single", WEIGHTS)])
+def test_damage_at_any_byte_leads_to_nothing_but_a_refusal(directory, kind, name):
+    path = directory(kind)
+    whole = (path / name).read_bytes()
+    head = int.from_bytes(whole[:8], "little") + 8 if name.endswith(".safetensors") else len(whole)
+    random = torch.Generator().manual_seed(0)
+    refused = 0
+    for place, value, cut in torch.randint(0, 2**31, (150, 3), generator=random).tolist():
+        damaged = bytearray(whole)
+        damaged[place % head] = value % 256
+        (path / name).write_bytes(damaged[: cut % len(whole)] if cut % 4 == 0 else damaged)
+        try:
+            load_pretrained(path, "cpu")
+        except InputError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 50
