@@ -34,3 +34,13 @@ def gelu_and_grad(x):
     s, complement = _gelu_gate(x)
     slope = (2.0 * SQRT_2_OVER_PI) * (1.0 + 3.0 * GELU_CUBIC * x * x)
     return x * s, s + x * slope * s * complement
+
+
+@triton.jit
+def grouped_tile(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Tile (m, n) of program `pid`, in columns of GROUP_M tiles: programs that run together share operands in L2."""
+    group = pid // (GROUP_M * tiles_n)
+    first_m = group * GROUP_M
+    size_m = tl.minimum(tiles_m - first_m, GROUP_M)
+    local = pid - group * GROUP_M * tiles_n
+    return first_m + local % size_m, local // size_m

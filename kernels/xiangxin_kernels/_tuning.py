@@ -87,3 +87,53 @@ def choose_attention(kernel: str, D: int, dtype: torch.dtype, arch: int) -> Atte
     if dtype == torch.float32:
         return _ATTENTION_FP32
     return _ATTENTION[kernel, arch]
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tiles of a Triton GEMM; `descriptors`: persistent, operands by bulk copies."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+    descriptors: bool = False
+
+
+@dataclass(frozen=True)
+class ElementwiseConfig:
+    """Tiles of the epilogues that follow a cuBLAS product."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+
+
+# Measured rows only: an epilogue and architecture without one goes to cuBLAS and one elementwise kernel.
+_GEMM: dict[tuple[str, int], GemmConfig] = {}
+
+# What `bench.tune` measures and `bench.static` compiles; the first of each is the best by the static bound.
+GEMM_CANDIDATES = {
+    80: (
+        GemmConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4),
+        GemmConfig(block_m=128, block_n=128, block_k=64, num_warps=4, num_stages=3),
+        GemmConfig(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
+    ),
+    90: (
+        GemmConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3, descriptors=True),
+        GemmConfig(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4, descriptors=True),
+        GemmConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3),
+    ),
+}
+
+
+def choose_gemm(epilogue: str, N: int, K: int, dtype: torch.dtype, arch: int) -> GemmConfig | None:
+    """The Triton GEMM for "bias", "rotary", "gelu", "dgelu" or "residual", or None for cuBLAS and its epilogue."""
+    return None if dtype == torch.float32 else _GEMM.get((epilogue, arch))
+
+
+def choose_elementwise(epilogue: str, arch: int) -> ElementwiseConfig:
+    """Static: two 16-byte accesses a thread and operand; the column sums of "dgelu" want tall tiles."""
+    return ElementwiseConfig(block_m=64 if epilogue == "dgelu" else 16, block_n=128, num_warps=4)
