@@ -25,6 +25,7 @@ def _accumulate_dq(
     dout_tail,
     lse,
     lse_low,
+    sum_p,
     delta,
     k_ptr,
     v_ptr,
@@ -44,7 +45,7 @@ def _accumulate_dq(
     SUMS: tl.constexpr,
 ):
     """dq += ds k over the key tiles [lo, hi), masked as in the forward's `_attend`; with SUMS instead the sums of p and
-    p * dp by row, into lse_low and delta."""
+    p * dp by row. WIDE: lse comes in units of s, before scale_log2."""
     offs_n = tl.arange(0, BLOCK_N)
     offs_main = tl.arange(0, D_MAIN)
     for start_n in tl.range(lo, hi, BLOCK_N):
@@ -63,18 +64,20 @@ def _accumulate_dq(
             s = tl.where(key <= position[:, None], s, float("-inf"))
         if DOCUMENTS:
             s = tl.where(key >= doc_start[:, None], s, float("-inf"))
-        s = s * scale_log2 - lse[:, None]
+        if WIDE:
+            s = (s - lse[:, None]) * scale_log2 - lse_low[:, None]
+        else:
+            s = s * scale_log2 - lse[:, None]
+        p = tl.exp2(s)
         if SUMS:
-            p = tl.exp2(s)
-            lse_low += tl.sum(p, 1)
+            sum_p += tl.sum(p, 1)
             delta += tl.sum(p * dp, 1)
         else:
-            p = tl.exp2(s - lse_low[:, None] if WIDE else s)
             ds = (p * (dp - delta[:, None])).to(k_main.dtype)
             dq_main = tl.dot(ds, k_main, dq_main, input_precision="ieee")
             if D_TAIL > 0:
                 dq_tail = tl.dot(ds, k_tail, dq_tail, input_precision="ieee")
-    return dq_main, dq_tail, lse_low, delta
+    return dq_main, dq_tail, sum_p, delta
 
 
 @triton.jit
@@ -87,6 +90,7 @@ def _accumulate_dq_of_row_tile(
     dout_tail,
     lse,
     lse_low,
+    sum_p,
     delta,
     k_ptr,
     v_ptr,
@@ -108,18 +112,18 @@ def _accumulate_dq_of_row_tile(
 ):
     """`_accumulate_dq` over every visible key: where documents begin, the tiles without a mask, the diagonal."""
     if DOCUMENTS:
-        dq_main, dq_tail, lse_low, delta = _accumulate_dq(
-            dq_main, dq_tail, q_main, q_tail, dout_main, dout_tail, lse, lse_low, delta, k_ptr, v_ptr, k_stride_t,
+        dq_main, dq_tail, sum_p, delta = _accumulate_dq(
+            dq_main, dq_tail, q_main, q_tail, dout_main, dout_tail, lse, lse_low, sum_p, delta, k_ptr, v_ptr, k_stride_t,
             v_stride_t, lo, full_start, position, doc_start, scale_log2, D_MAIN, D_TAIL, BLOCK_N, False, True, WIDE,
             SUMS,
         )  # fmt: skip
-    dq_main, dq_tail, lse_low, delta = _accumulate_dq(
-        dq_main, dq_tail, q_main, q_tail, dout_main, dout_tail, lse, lse_low, delta, k_ptr, v_ptr, k_stride_t,
+    dq_main, dq_tail, sum_p, delta = _accumulate_dq(
+        dq_main, dq_tail, q_main, q_tail, dout_main, dout_tail, lse, lse_low, sum_p, delta, k_ptr, v_ptr, k_stride_t,
         v_stride_t, full_start, full_end, position, doc_start, scale_log2, D_MAIN, D_TAIL, BLOCK_N, False, False, WIDE,
         SUMS,
     )  # fmt: skip
     return _accumulate_dq(
-        dq_main, dq_tail, q_main, q_tail, dout_main, dout_tail, lse, lse_low, delta, k_ptr, v_ptr, k_stride_t,
+        dq_main, dq_tail, q_main, q_tail, dout_main, dout_tail, lse, lse_low, sum_p, delta, k_ptr, v_ptr, k_stride_t,
         v_stride_t, full_end, hi, position, doc_start, scale_log2, D_MAIN, D_TAIL, BLOCK_N, True, DOCUMENTS, WIDE, SUMS,
     )  # fmt: skip
 
@@ -202,6 +206,7 @@ def _attention_bwd_dq_kernel(
     # Beyond T, lse = inf makes p = 0.
     lse = tl.load(lse_ptr + start_m + offs_m, mask=mask_m, other=float("inf"))
     lse_low = tl.zeros([BLOCK_M], tl.float32)
+    sum_p = tl.zeros([BLOCK_M], tl.float32)
 
     lo = 0
     full_start = 0
@@ -218,8 +223,9 @@ def _attention_bwd_dq_kernel(
 
     delta = tl.zeros([BLOCK_M], tl.float32)
     if WIDE:
+        lse /= scale_log2
         _, _, sum_p, delta = _accumulate_dq_of_row_tile(
-            dq_main, dq_tail, q_main, q_tail, dout_main, dout_tail, lse, lse_low, delta, k_ptr, v_ptr, k_stride_t,
+            dq_main, dq_tail, q_main, q_tail, dout_main, dout_tail, lse, lse_low, sum_p, delta, k_ptr, v_ptr, k_stride_t,
             v_stride_t, lo, full_start, full_end, hi, position, doc_start, scale_log2, D_MAIN, D_TAIL, BLOCK_N,
             DOCUMENTS, WIDE, True,
         )  # fmt: skip
@@ -235,7 +241,7 @@ def _attention_bwd_dq_kernel(
             delta += tl.sum(out.to(tl.float32) * dout_tail.to(tl.float32), 1)
     tl.store(delta_ptr + start_m + offs_m, delta, mask=mask_m)
     dq_main, dq_tail, _, _ = _accumulate_dq_of_row_tile(
-        dq_main, dq_tail, q_main, q_tail, dout_main, dout_tail, lse, lse_low, delta, k_ptr, v_ptr, k_stride_t,
+        dq_main, dq_tail, q_main, q_tail, dout_main, dout_tail, lse, lse_low, sum_p, delta, k_ptr, v_ptr, k_stride_t,
         v_stride_t, lo, full_start, full_end, hi, position, doc_start, scale_log2, D_MAIN, D_TAIL, BLOCK_N, DOCUMENTS,
         WIDE, False,
     )  # fmt: skip
@@ -298,9 +304,11 @@ def _accumulate_dkv(
         else:
             lse = tl.load(lse_ptr + query)
             delta = tl.load(delta_ptr + query)
-        s = s * scale_log2 - lse[None, :]
         if WIDE:
-            s -= tl.load(delta_ptr + plane + query, mask=query < T, other=0.0)[None, :]
+            lse_low = tl.load(delta_ptr + plane + query, mask=query < T, other=0.0)
+            s = (s - (lse / scale_log2)[None, :]) * scale_log2 - lse_low[None, :]
+        else:
+            s = s * scale_log2 - lse[None, :]
         p = tl.exp2(s)
         dout_main = _load_tile(dout_ptr, start_m, dout_stride_t, offs_m, offs_main, T, MASKED)
         dp = tl.dot(v_main, tl.trans(dout_main), input_precision="ieee")

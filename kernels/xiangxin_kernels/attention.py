@@ -161,7 +161,7 @@ def _attention_bwd(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, cos: Tensor | None, sin: Tensor | None,
     bounds: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor, delta: Tensor, scale: float,
 ) -> None:  # fmt: skip
-    """dq, dk, dv; delta [2, B, H, T] fp32 is scratch. q, k come rotated, dq, dk are rotated back by cos, sin if given."""
+    """dq, dk, dv; delta [2, B, H, T] fp32 is scratch. q, k come rotated; cos, sin, if given, rotate dq, dk back."""
     B, T, H, D = q.shape
     if q.numel() == 0:
         return
