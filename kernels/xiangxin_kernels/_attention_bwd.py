@@ -113,9 +113,9 @@ def _accumulate_dq_of_row_tile(
     """`_accumulate_dq` over every visible key: where documents begin, the tiles without a mask, the diagonal."""
     if DOCUMENTS:
         dq_main, dq_tail, sum_p, delta = _accumulate_dq(
-            dq_main, dq_tail, q_main, q_tail, dout_main, dout_tail, lse, lse_low, sum_p, delta, k_ptr, v_ptr, k_stride_t,
-            v_stride_t, lo, full_start, position, doc_start, scale_log2, D_MAIN, D_TAIL, BLOCK_N, False, True, WIDE,
-            SUMS,
+            dq_main, dq_tail, q_main, q_tail, dout_main, dout_tail, lse, lse_low, sum_p, delta, k_ptr, v_ptr,
+            k_stride_t, v_stride_t, lo, full_start, position, doc_start, scale_log2, D_MAIN, D_TAIL, BLOCK_N, False,
+            True, WIDE, SUMS,
         )  # fmt: skip
     dq_main, dq_tail, sum_p, delta = _accumulate_dq(
         dq_main, dq_tail, q_main, q_tail, dout_main, dout_tail, lse, lse_low, sum_p, delta, k_ptr, v_ptr, k_stride_t,
@@ -225,9 +225,9 @@ def _attention_bwd_dq_kernel(
     if WIDE:
         lse /= scale_log2
         _, _, sum_p, delta = _accumulate_dq_of_row_tile(
-            dq_main, dq_tail, q_main, q_tail, dout_main, dout_tail, lse, lse_low, sum_p, delta, k_ptr, v_ptr, k_stride_t,
-            v_stride_t, lo, full_start, full_end, hi, position, doc_start, scale_log2, D_MAIN, D_TAIL, BLOCK_N,
-            DOCUMENTS, WIDE, True,
+            dq_main, dq_tail, q_main, q_tail, dout_main, dout_tail, lse, lse_low, sum_p, delta, k_ptr, v_ptr,
+            k_stride_t, v_stride_t, lo, full_start, full_end, hi, position, doc_start, scale_log2, D_MAIN, D_TAIL,
+            BLOCK_N, DOCUMENTS, WIDE, True,
         )  # fmt: skip
         sum_p = tl.where(mask_m, sum_p, 1.0)
         lse_low = tl.log2(sum_p)
@@ -419,8 +419,8 @@ def _attention_bwd_dkv_kernel(
     full_end = tl.maximum(full_start, full_end)
     dk_main, dk_tail, dv_main, dv_tail = _accumulate_dkv(
         dk_main, dk_tail, dv_main, dv_tail, k_main, k_tail, v_main, v_tail, q_ptr, dout_ptr, lse_ptr, delta_ptr,
-        q_stride_t, dout_stride_t, lo, full_start, position, query_end, T, plane, scale_log2, D_MAIN, D_TAIL,
-        BLOCK_M, True, WIDE,
+        q_stride_t, dout_stride_t, lo, full_start, position, query_end, T, plane, scale_log2, D_MAIN, D_TAIL, BLOCK_M,
+        True, WIDE,
     )  # fmt: skip
     dk_main, dk_tail, dv_main, dv_tail = _accumulate_dkv(
         dk_main, dk_tail, dv_main, dv_tail, k_main, k_tail, v_main, v_tail, q_ptr, dout_ptr, lse_ptr, delta_ptr,
@@ -430,8 +430,8 @@ def _attention_bwd_dkv_kernel(
     if DOCUMENTS or not EVEN_T:
         dk_main, dk_tail, dv_main, dv_tail = _accumulate_dkv(
             dk_main, dk_tail, dv_main, dv_tail, k_main, k_tail, v_main, v_tail, q_ptr, dout_ptr, lse_ptr, delta_ptr,
-            q_stride_t, dout_stride_t, full_end, hi, position, query_end, T, plane, scale_log2, D_MAIN, D_TAIL,
-        BLOCK_M, True, WIDE,
+            q_stride_t, dout_stride_t, full_end, hi, position, query_end, T, plane, scale_log2, D_MAIN, D_TAIL, BLOCK_M,
+            True, WIDE,
         )  # fmt: skip
 
     dk_main *= scale
