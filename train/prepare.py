@@ -17,6 +17,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import tyro
@@ -152,8 +153,9 @@ def write_shards(sources: list[tuple[Corpus, SplitOf]], tokenizer: Tokenizer, ou
     text_bytes, characters = Counter(), Counter()
     with (out / "rejects.jsonl").open("w", encoding="utf-8") as reject_lines:
         for corpus, split_of in sources:
-            for batch in _batches(_watched(corpus, "tokenize"), rejects, reject_lines):
-                for text, tokens in zip(batch, tokenizer.encode_batch(batch), strict=True):
+            batches = _batches(_watched(corpus, "tokenize"), rejects, reject_lines)
+            for batch, encoded in _encoded(batches, tokenizer):
+                for text, tokens in zip(batch, encoded, strict=True):
                     content = text.encode()
                     split = split_of(content)
                     text_bytes[split] += len(content)
@@ -183,6 +185,18 @@ def _batches(items: Iterator[Document | Reject], rejects: Counter[str], reject_l
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def _encoded(batches: Iterator[list[str]], tokenizer: Tokenizer) -> Iterator[tuple[list[str], list[list[int]]]]:
+    """Each batch with its tokens; the next one is encoded, on all cores and without the GIL, while this one is used."""
+    with ThreadPoolExecutor(1) as background:
+        ahead = None
+        for batch in batches:
+            current, ahead = ahead, (batch, background.submit(tokenizer.encode_batch, batch))
+            if current:
+                yield current[0], current[1].result()
+        if ahead:
+            yield ahead[0], ahead[1].result()
 
 
 def _train_tokenizer(corpus: Corpus, vocab: int, split_of: SplitOf) -> tuple[Tokenizer, list[str]]:
