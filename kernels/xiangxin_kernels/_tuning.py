@@ -41,21 +41,19 @@ def choose_cross_entropy(V: int, dtype: torch.dtype, arch: int) -> CrossEntropyC
 
 @dataclass(frozen=True)
 class LayerNormConfig:
-    """A row as two powers of two of columns, main_c + tail_c >= C > main_c; bwd_programs share the backward's rows."""
+    """A row is one block of columns; bwd_programs share the backward's rows."""
 
-    main_c: int
-    tail_c: int
+    block_c: int
     fwd_warps: int
     bwd_warps: int
     bwd_programs: int
 
 
 def choose_layer_norm(C: int, dtype: torch.dtype, arch: int) -> LayerNormConfig:
-    """Static: 16-byte accesses to both pieces of 2560 columns; four programs a multiprocessor in the backward."""
-    main_c = 1 << max(0, (C - 1).bit_length() - 1)
-    tail_c = 1 << (max(1, C - main_c) - 1).bit_length()
-    fwd_warps = min(16, max(1, main_c // 1024))
-    return LayerNormConfig(main_c, tail_c, fwd_warps, min(16, 2 * fwd_warps), {80: 4 * 108, 90: 4 * 132}[arch])
+    """Static: C is known to the compiler, which drops the lanes past it in steps of 256 columns a warp."""
+    block_c = 1 << (C - 1).bit_length()
+    fwd_warps = min(16, max(1, block_c // 2048))
+    return LayerNormConfig(block_c, fwd_warps, min(16, 2 * fwd_warps), {80: 4 * 108, 90: 4 * 132}[arch])
 
 
 @dataclass(frozen=True)
@@ -111,27 +109,32 @@ class ElementwiseConfig:
     num_warps: int
 
 
-# Measured rows only: an epilogue and architecture without one goes to cuBLAS and one elementwise kernel.
-_GEMM: dict[tuple[str, int], GemmConfig] = {}
+# Epilogues and architectures where the Triton GEMM was measured to beat cuBLAS and one elementwise kernel.
+_FUSED_IS_FASTER: frozenset[tuple[str, int]] = frozenset()
 
-# What `bench.tune` measures and `bench.static` compiles; the first of each is the best by the static bound.
-GEMM_CANDIDATES = {
-    80: (
-        GemmConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4),
-        GemmConfig(block_m=128, block_n=128, block_k=64, num_warps=4, num_stages=3),
-        GemmConfig(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
-    ),
-    90: (
-        GemmConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3, descriptors=True),
-        GemmConfig(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4, descriptors=True),
-        GemmConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3),
-    ),
+# static: free of spills in the loop, the best bound of bench.static's candidates; "dgelu" spills at 128 x 256.
+_GEMM = {
+    80: GemmConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4),
+    90: GemmConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3, descriptors=True),
 }
+_GEMM_DGELU = {
+    80: GemmConfig(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
+    90: GemmConfig(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4, descriptors=True),
+}
+# fp32 products run on the FMA pipes, where small tiles keep the accumulators in registers.
+_GEMM_FP32 = GemmConfig(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=2)
 
 
-def choose_gemm(epilogue: str, N: int, K: int, dtype: torch.dtype, arch: int) -> GemmConfig | None:
-    """The Triton GEMM for "bias", "rotary", "gelu", "dgelu" or "residual", or None for cuBLAS and its epilogue."""
-    return None if dtype == torch.float32 else _GEMM.get((epilogue, arch))
+def fuses_gemm(epilogue: str, dtype: torch.dtype, arch: int) -> bool:
+    """Whether the Triton GEMM does the product before "rotary", "gelu", "dgelu" or "residual", or cuBLAS does."""
+    return dtype != torch.float32 and (epilogue, arch) in _FUSED_IS_FASTER
+
+
+def choose_gemm(epilogue: str, dtype: torch.dtype, arch: int) -> GemmConfig:
+    """The tiles of the Triton GEMM with that epilogue ("bias" too)."""
+    if dtype == torch.float32:
+        return _GEMM_FP32
+    return (_GEMM_DGELU if epilogue == "dgelu" else _GEMM)[arch]
 
 
 def choose_elementwise(epilogue: str, arch: int) -> ElementwiseConfig:

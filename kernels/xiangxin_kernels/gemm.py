@@ -10,9 +10,9 @@
 Shapes    a [M, K]   b [N, K], or [K, N] for DGELU   out, out2, h, residual [M, N]   bias [N] ([2, N] for RESIDUAL)
           cos, sin [>= positions, R/2] fp32: row m of a stands at position q_start + m mod T
           partial [row tiles, N] fp32: the column sums
-Method    Two ways behind each op, chosen by `choose_gemm`: one Triton GEMM whose epilogue works on the accumulator, or
-          cuBLAS and one elementwise kernel with the same epilogue on what cuBLAS wrote. On sm_90 the Triton GEMM
-          is persistent and loads through tensor descriptors, on sm_80 through pipelined pointers.
+Method    Two ways behind each op, of which `fuses_gemm` knows the faster: one Triton GEMM whose epilogue works on the
+          accumulator, or cuBLAS and one elementwise kernel with the same epilogue on what cuBLAS wrote. On sm_90 the
+          Triton GEMM is persistent and loads through tensor descriptors, on sm_80 through pipelined pointers.
 Numerics  epilogues in fp32; the first way rounds once, the second rounds t to the dtype in between, as plain torch
           does. A row's bits do not depend on how many rows there are
 Limits    a, b, out of one dtype out of fp32, fp16, bf16; last axes contiguous, row strides free; D, R even
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ._device import gelu, gelu_and_grad, grouped_tile
 from ._host import kernel_op
-from ._tuning import arch_of, choose_elementwise, choose_gemm
+from ._tuning import arch_of, choose_elementwise, choose_gemm, fuses_gemm
 
 BIAS = tl.constexpr(0)
 ROTARY = tl.constexpr(1)
@@ -209,14 +209,11 @@ def _gemm(
     bias: Tensor | None = None, other: Tensor | None = None, rotary: tuple | None = None, partial: Tensor | None = None,
 ) -> None:  # fmt: skip
     """out = epilogue(a b^T), or of a b, by the way that `choose_gemm` names for the shape. rotary: see `_constants`."""
-    (M, K), N = a.shape, out.shape[1]
-    if M == 0:
+    if a.shape[0] == 0:
         if partial is not None:
             partial.zero_()
         return
-    arch = arch_of(a.device)
-    config = choose_gemm(EPILOGUES[epilogue.value], N, K, a.dtype, arch)
-    if config is None:
+    if not fuses_gemm(EPILOGUES[epilogue.value], a.dtype, arch_of(a.device)):
         factor = b.t() if b_transposed else b
         if epilogue in (BIAS, ROTARY, GELU):
             torch.addmm(bias, a, factor, out=out)
@@ -225,7 +222,13 @@ def _gemm(
             torch.mm(a, factor, out=out)
         if epilogue != BIAS:
             _elementwise(epilogue, out, out, out2, bias, other, rotary, partial)
-        return
+    else:
+        _triton_gemm(epilogue, a, b, out, b_transposed, out2, bias, other, rotary, partial)
+
+
+def _triton_gemm(epilogue: tl.constexpr, a, b, out, b_transposed, out2, bias, other, rotary, partial) -> None:
+    (M, K), N = a.shape, out.shape[1]
+    config = choose_gemm(EPILOGUES[epilogue.value], a.dtype, arch_of(a.device))
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     kernel, programs = _gemm_kernel, tiles
     if config.descriptors and _takes_descriptors(a, b):
@@ -265,10 +268,11 @@ def _row_stride(x: Tensor | None) -> int:
     return 0 if x is None else x.stride(0)
 
 
-def dgelu_row_tiles(M: int, F: int, C: int, dtype: torch.dtype, device: torch.device) -> int:
-    """How many rows the `partial` of a DGELU epilogue over [M, F] has, its product being over C."""
+def dgelu_row_tiles(M: int, dtype: torch.dtype, device: torch.device) -> int:
+    """How many rows the `partial` of a DGELU epilogue over M rows has."""
     arch = arch_of(device)
-    config = choose_gemm("dgelu", F, C, dtype, arch) or choose_elementwise("dgelu", arch)
+    fused = fuses_gemm("dgelu", dtype, arch)
+    config = choose_gemm("dgelu", dtype, arch) if fused else choose_elementwise("dgelu", arch)
     return max(1, triton.cdiv(M, config.block_m))
 
 
@@ -281,8 +285,8 @@ def _project_in(
     C = y.shape[1]
     rotary = (cos, sin, C // heads, T, q_start, 1)
     qk, v, h, g = p[:, : 2 * C], p[:, 2 * C : 3 * C], p[:, 3 * C :], z[:, C:]
-    ways = [choose_gemm(e, n, C, y.dtype, arch_of(y.device)) for e, n in (("rotary", 2 * C), ("gelu", h.shape[1]))]
-    if ways == [None, None]:  # one product for all columns
+    arch = arch_of(y.device)
+    if not fuses_gemm("rotary", y.dtype, arch) and not fuses_gemm("gelu", y.dtype, arch):  # one product for all columns
         torch.addmm(b_in, y, w_in.t(), out=p)
         _elementwise(ROTARY, qk, qk, None, None, None, rotary, None)
         _elementwise(GELU, h, h, g, None, None, None, None)

@@ -1,7 +1,8 @@
 """GELU MLP.
 
-    h = x w1^T + b1        y = gelu(h) w2^T + b2        gelu(h) = h (1 + tanh(sqrt(2/pi) (h + 0.044715 h^3))) / 2
-    dh = (dy w2) gelu'(h)       dx = dh w1      dw1 = dh^T x      dw2 = dy^T gelu(h)      db1, db2: column sums of dh, dy
+    h = x w1^T + b1      y = gelu(h) w2^T + b2      gelu(h) = h (1 + tanh(sqrt(2/pi) (h + 0.044715 h^3))) / 2
+
+    dh = (dy w2) gelu'(h)      dx = dh w1      dw1 = dh^T x      dw2 = dy^T gelu(h)      db1, db2: sums of dh, dy
 
 Shapes    x, y [..., C]   h [..., F]   w1 [F, C]   b1 [F]   w2 [C, F]   b2 [C]: weights as nn.Linear holds them
 Saves     x, h; the backward makes gelu(h) again where it reads h
@@ -37,7 +38,7 @@ class _GeluMlp(torch.autograd.Function):
         x, w1, b1, w2, b2, h = ctx.saved_tensors
         dy, rows, (N, hidden) = as_rows(dout), as_rows(x), h.shape
         dh, g = torch.empty_like(h), torch.empty_like(h)
-        partial = h.new_empty(dgelu_row_tiles(N, hidden, len(b2), h.dtype, h.device), hidden, dtype=torch.float32)
+        partial = h.new_empty(dgelu_row_tiles(N, h.dtype, h.device), hidden, dtype=torch.float32)
         _linear_gelu_bwd(dy, w2, h, dh, g, partial)
         db1, db2 = partial.sum(0).to(b1.dtype), dy.sum(0, dtype=torch.float32).to(b2.dtype)
         return torch.mm(dh, w1).view(x.shape), torch.mm(dh.t(), rows), db1, torch.mm(dy.t(), g), db2

@@ -101,7 +101,7 @@ class _ParallelBlock(torch.autograd.Function):
             y, p, _, _ = _project(x, ln_w, ln_b, w_in, b_in, cos, sin, heads, ctx.eps, 0, z)
         else:
             y, _, _ = layer_norm_forward(x, ln_w, ln_b, ctx.eps)
-        partial = x.new_empty(dgelu_row_tiles(N, F, C, x.dtype, x.device), F, dtype=torch.float32)
+        partial = x.new_empty(dgelu_row_tiles(N, x.dtype, x.device), F, dtype=torch.float32)
         _project_out_bwd(dy, w_out, p[:, 3 * C :], dattn, dp[:, 3 * C :], g, partial)
         dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
         q, k, v = _views(p, B, T, heads, C)
