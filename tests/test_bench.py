@@ -13,7 +13,7 @@ import xiangxin_kernels
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench.__main__ as command_line
-from bench import gpu, report
+from bench import gpu, gpu_sections, report
 from bench.cases import CASES, SHAPES, TINY, Case, Shape, make_inputs
 from bench.measure import interleaved
 from bench.numerics import compare
@@ -218,31 +218,66 @@ def test_the_process_that_runs_the_sections_imports_no_torch():
     )
 
 
-@pytest.mark.parametrize(
-    "sections",
-    ["correctness,races,sanitizer", "attention,block,cross_entropy", "train,train_peer,generate"],
-)
-def test_a_dry_run_walks_the_sections_without_what_a_bare_machine_lacks(tmp_path, sections):
-    absent = tmp_path / "absent"
+def found_by(out: Path, sections: list[str]) -> None:
+    """Holds the records of a dry run to what a run must bring."""
+    log = (out / gpu.LOG).read_text() if (out / gpu.LOG).exists() else ""
+    # Some backends need a GPU; an error without a provider, or with ours, is ours.
+    assert [r for r in records_of(out, "error") if r.get("provider", "ours") == "ours"] == [], log
+    records = [r for r in gpu.read_records(out / gpu.RESULTS) if r.get("section") in sections]
+    assert {r["section"] for r in records if r["kind"] == "begin"} == set(sections)
+    ours = [r for r in records if r["kind"] == "check" and r["provider"] == "ours"]
+    assert all(r["passed"] for r in ours), ours
+    brings = {
+        "environment": "device", "ceilings": "device", "check": "correctness attention block cross_entropy generate",
+        "time": "attention block cross_entropy generate", "train": "train train_peer", "generate": "generate",
+        "race": "races",
+    }  # fmt: skip
+    for kind, names in brings.items():
+        missing = set(names.split()).intersection(sections) - {r["section"] for r in records if r["kind"] == kind}
+        assert not missing, f"no {kind} in {missing}\n{log}"
+
+
+def dry_run(directory: Path, *options: str) -> Path:
+    """A dry run of the whole command, where packages that a bare machine lacks cannot be imported; its directory."""
+    absent, out = directory / "absent", directory / "out"
     absent.mkdir()
     for package in ("tyro", "importlinter", "pytest"):
         (absent / f"{package}.py").write_text("raise ImportError('a bare machine has none')\n")
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--out", str(out), "--minutes", "8", "--only", sections]
+    command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--out", str(out), "--minutes", "9", *options]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(absent), str(ROOT), str(ROOT / "kernels")])}
-    environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    log = (out / gpu.LOG).read_text()
-    assert done.returncode == 0, done.stderr + log
-    status = {r["section"]: r["status"] for r in records_of(out, "section")}
-    assert status == dict.fromkeys(["device", *sections.split(",")], "done"), log
-    # Items may fail only where a backend needs a GPU; an error without a provider is ours.
-    assert [r for r in records_of(out, "error") if "provider" not in r or r["provider"] == "ours"] == [], log
-    ours = [r for r in records_of(out, "check") if r.get("provider") == "ours"]
-    assert ours or "train" in sections
-    assert all(r["passed"] for r in ours), ours
+    assert done.returncode == 0, done.stderr
     assert (out / gpu.TABLE).read_text().strip() in done.stdout
-    assert len(list(out.iterdir())) == 3
+    assert sorted(path.name for path in out.iterdir()) == sorted([gpu.RESULTS, gpu.LOG, gpu.TABLE])
+    status = {r["section"]: r["status"] for r in records_of(out, "section")}
+    assert set(status.values()) == {"done"}, (out / gpu.LOG).read_text()
+    found_by(out, list(status))
+    return out
+
+
+def test_the_command_runs_where_tyro_and_pytest_are_absent(tmp_path):
+    out = dry_run(tmp_path, "--only", "races", "--commit", "abc123")
+    assert [r["commit"] for r in records_of(out, "environment")] == ["abc123"]
+
+
+@pytest.mark.slow
+def test_a_dry_run_walks_every_section(tmp_path):
+    out = dry_run(tmp_path)
+    assert [r["section"] for r in records_of(out, "section")] == [section.name for section in gpu.SECTIONS]
+
+
+@pytest.mark.parametrize("section", [section.name for section in gpu.SECTIONS if section.name != "races"])
+def test_every_section_walks_at_tiny_shapes(section, tmp_path):
+    gpu_sections.SECTIONS[section](gpu_sections.Work(section, tmp_path, 600, dry_run=True))
+    found_by(tmp_path, [section])
+
+
+@pytest.mark.interpreter
+def test_correctness_takes_the_kernels_through_the_interpreter(tmp_path):
+    gpu_sections.SECTIONS["correctness"](gpu_sections.Work("correctness", tmp_path, 600, dry_run=True))
+    found_by(tmp_path, ["correctness"])
+    behind = {r["op"]: r["implementation"] for r in records_of(tmp_path, "check") if "implementation" in r}
+    assert behind["attention"] == behind["linear_cross_entropy"] == "kernels"
 
 
 def test_command_line_judges_times_and_draws(tmp_path, monkeypatch, capsys):
