@@ -7,15 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Elements of one widened block (16 MiB of fp32, which the L3 cache still holds when the product reads it) and the fewest
-# rows for which widening pays. On one AVX2 core, [M, 2560] x [2560, 17920]: 512 rows take 0.8 s widened and 4.8 s by
-# torch's own bf16 product; 4 rows 24 and 36 ms; 2 rows 26 and 19 ms.
+# Elements of one widened block (16 MiB of fp32, which the L3 cache still holds when the product reads it) and the
+# fewest rows for which widening pays. On one AVX2 core, [M, 2560] x [2560, 17920]: 512 rows take 0.8 s widened and
+# 4.8 s by torch's own bf16 product; 4 rows 24 and 36 ms; 2 rows 26 and 19 ms.
 WIDEN_ELEMENTS = 1 << 22
 WIDEN_ROWS = 4
-
-# Bytes of weight that all rows of a decode step pass through before the next, for the L3 cache to serve all but the
-# first. Not smaller: each block ends in a barrier, for which a busy machine makes the threads wait.
-SHARED_BYTES = 16 << 20
 
 _scratch = threading.local()
 
@@ -59,14 +55,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def linear_rows(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """F.linear of x [B, K] with weight [N, K] and bias [N], each row's bits being the same whatever B is.
 
-    Matrix products choose their order of summation by the shapes, so every row makes the same calls on one row; they
-    share only the reading of the weights, a cache's worth at a time.
+    Matrix products choose their order of summation by the shapes, so every row is a call of its own. In bf16, whose
+    conversion and not memory is what the time goes to, sharing each block of the weight among the rows gained nothing;
+    blocks of 16 MB cost one row a third of its speed on a busy machine, each ending in a barrier for all threads.
     """
-    B, (N, K) = x.shape[0], weight.shape
-    out = x.new_empty(B, N)
-    step = max(1, SHARED_BYTES // (K * weight.element_size()))
-    for start in range(0, N, step):
-        block = slice(start, start + step)
-        for row in range(B):
-            out[row : row + 1, block] = F.linear(x[row : row + 1], weight[block], bias[block])
-    return out
+    return torch.cat([F.linear(row, weight, bias) for row in x.split(1)])
