@@ -39,26 +39,23 @@ def _layer_norm(name: str, old: str, new: str) -> Mutation:
 
 
 MUTATIONS = [
-    _layer_norm("load mask one too wide", "mask=offs_tail < C, other=0.0", "mask=offs_tail <= C, other=0.0"),
-    _layer_norm("store mask one too wide", "element_ty), mask=offs_tail < C)", "element_ty), mask=offs_tail <= C)"),
-    _layer_norm("padded lanes in the variance", "tl.where(mask_tail, x_tail - mean, 0.0)", "x_tail - mean"),
-    _layer_norm("unbiased variance", "squares / C - correction", "squares / (C - 1) - correction"),
-    _layer_norm("uncorrected mean", "y_main = (x_main - correction)", "y_main = x_main"),
+    _layer_norm("mask one too wide", "mask_c = offs_c < C\n    x =", "mask_c = offs_c <= C\n    x ="),
+    _layer_norm("gradient mask one too wide", "mask_c = offs_c < C\n    weight", "mask_c = offs_c <= C\n    weight"),
+    _layer_norm("padded lanes in the variance", "tl.where(mask_c, x - mean, 0.0)", "x - mean"),
+    _layer_norm("unbiased variance", "(centred * centred, 0) / C", "(centred * centred, 0) / (C - 1)"),
+    _layer_norm("uncorrected mean", "(centred - correction) * rstd", "centred * rstd"),
     _layer_norm("uncorrected mean saved", "mean_ptr + row, mean + correction)", "mean_ptr + row, mean)"),
+    _layer_norm("uncorrected variance", " / C - correction * correction", " / C"),
     _layer_norm("eps left out", "tl.sqrt_rn(var + eps)", "tl.sqrt_rn(var)"),
     _layer_norm("row offset in 32 bits", "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)"),
     _layer_norm("gradient row offset in 32 bits", "row = tl.cast(n, tl.int64)", "row = tl.cast(n, tl.int32)"),
     _layer_norm("stride of another tensor", "dout_ptr + row * dout_stride_n", "dout_ptr + row * x_stride_n"),
-    _layer_norm(
-        "rstd left out of a piece", "dx_tail = (g_tail - g_mean - xhat_tail * gx_mean) * rstd", "dx_tail = g_tail"
-    ),
-    _layer_norm("a term of dx dropped", "(g_main - g_mean - xhat_main", "(g_main - xhat_main"),
-    _layer_norm("residual gradient of a piece dropped", "dx_tail += tail", "dx_tail += 0.0"),
-    _layer_norm("rows of one round alone", "dbias_main += dout_main", "dbias_main = dout_main"),
+    _layer_norm("rstd left out of dx", "tl.sum(g * xhat, 0) / C)) * rstd", "tl.sum(g * xhat, 0) / C))"),
+    _layer_norm("a term of dx dropped", "(g - tl.sum(g, 0) / C - xhat", "(g - xhat"),
+    _layer_norm("residual gradient dropped", "dx += tl.load(dresidual_row", "dx += 0.0 * tl.load(dresidual_row"),
+    _layer_norm("last row of a program alone", "dbias += dout", "dbias = dout"),
     _layer_norm("dweight and dbias swapped", "dweight, dbias = partial", "dbias, dweight = partial"),
-    _layer_norm(
-        "strided weight read in place", "_layer_norm_fwd(rows, weight.contiguous()", "_layer_norm_fwd(rows, weight"
-    ),
+    _layer_norm("strided weight read in place", "fwd(rows, weight.contiguous()", "fwd(rows, weight"),
 ]
 
 

@@ -11,7 +11,8 @@ def assert_same_bits(actual: Iterable[Tensor], expected: Iterable[Tensor], *, wh
     """Equal in every bit, so NaN equals the same NaN and 0 is not -0."""
     for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
         assert (a.dtype, a.shape) == (b.dtype, b.shape), f"{what}: tensor {i} is {a.dtype} {a.shape}, not {b.shape}"
-        different = a.reshape(-1, 1).view(torch.uint8).ne(b.reshape(-1, 1).view(torch.uint8)).sum().item()
+        bytes_of_a, bytes_of_b = (t.contiguous().reshape(-1, 1).view(torch.uint8) for t in (a, b))
+        different = int(bytes_of_a.ne(bytes_of_b).sum())
         assert not different, f"{what}: tensor {i} {list(a.shape)} differs in {different} bytes"
 
 

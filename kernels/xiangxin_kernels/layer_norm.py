@@ -7,9 +7,8 @@
 
 Shapes    x, y, dout, dx, dresidual [..., C]   weight, bias [C]   mean, rstd [N] fp32, N the product of the leading axes
 Saves     x, weight, mean, rstd
-Method    A program holds a row in registers as two pieces, each a power of two of columns: 2048 + 512 for 2560, where
-          one piece would be 4096. The backward strides over rows with a fixed number of programs; each keeps its sums
-          for dweight and dbias, which one more reduction adds up in a fixed order.
+Method    A program holds a row in registers. The backward strides over rows with a fixed number of programs; each keeps
+          its own sums for dweight and dbias, which one more reduction adds up in a fixed order.
 Numerics  fp32 throughout, rounded once. The variance takes two passes, and the second corrects the mean of the first
           (Chan, Golub, LeVeque 1983): at mean 1e4 and std 1e-3 that mean alone is off by a standard deviation.
 Limits    x, weight and bias of one dtype out of fp32, fp16, bf16; a last axis that is not contiguous is copied
@@ -32,22 +31,6 @@ def layer_norm_ref(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -
 
 
 @triton.jit
-def _load_pieces(row_ptr, C: tl.constexpr, MAIN_C: tl.constexpr, TAIL_C: tl.constexpr):
-    """Columns [0, MAIN_C) and [MAIN_C, C) of a row in fp32; the second piece ends in zeros."""
-    offs_tail = MAIN_C + tl.arange(0, TAIL_C)
-    main = tl.load(row_ptr + tl.arange(0, MAIN_C)).to(tl.float32)
-    tail = tl.load(row_ptr + offs_tail, mask=offs_tail < C, other=0.0).to(tl.float32)
-    return main, tail
-
-
-@triton.jit
-def _store_pieces(row_ptr, main, tail, C: tl.constexpr, MAIN_C: tl.constexpr, TAIL_C: tl.constexpr):
-    offs_tail = MAIN_C + tl.arange(0, TAIL_C)
-    tl.store(row_ptr + tl.arange(0, MAIN_C), main.to(row_ptr.dtype.element_ty))
-    tl.store(row_ptr + offs_tail, tail.to(row_ptr.dtype.element_ty), mask=offs_tail < C)
-
-
-@triton.jit
 def _layer_norm_fwd_kernel(
     x_ptr,
     weight_ptr,
@@ -59,26 +42,23 @@ def _layer_norm_fwd_kernel(
     y_stride_n,
     eps,
     C: tl.constexpr,
-    MAIN_C: tl.constexpr,
-    TAIL_C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    x_main, x_tail = _load_pieces(x_ptr + row * x_stride_n, C, MAIN_C, TAIL_C)
-    mask_tail = MAIN_C + tl.arange(0, TAIL_C) < C
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    x = tl.load(x_ptr + row * x_stride_n + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
 
-    mean = (tl.sum(x_main, 0) + tl.sum(x_tail, 0)) / C
-    x_main -= mean
-    x_tail = tl.where(mask_tail, x_tail - mean, 0.0)
-    correction = (tl.sum(x_main, 0) + tl.sum(x_tail, 0)) / C
-    squares = tl.sum(x_main * x_main, 0) + tl.sum(x_tail * x_tail, 0)
-    var = tl.maximum(squares / C - correction * correction, 0.0)
+    mean = tl.sum(x, 0) / C
+    centred = tl.where(mask_c, x - mean, 0.0)
+    correction = tl.sum(centred, 0) / C
+    var = tl.maximum(tl.sum(centred * centred, 0) / C - correction * correction, 0.0)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
+    y = (centred - correction) * rstd * weight + bias
 
-    weight_main, weight_tail = _load_pieces(weight_ptr, C, MAIN_C, TAIL_C)
-    bias_main, bias_tail = _load_pieces(bias_ptr, C, MAIN_C, TAIL_C)
-    y_main = (x_main - correction) * rstd * weight_main + bias_main
-    y_tail = (x_tail - correction) * rstd * weight_tail + bias_tail
-    _store_pieces(y_ptr + row * y_stride_n, y_main, y_tail, C, MAIN_C, TAIL_C)
+    tl.store(y_ptr + row * y_stride_n + offs_c, y.to(y_ptr.dtype.element_ty), mask=mask_c)
     tl.store(mean_ptr + row, mean + correction)
     tl.store(rstd_ptr + row, rstd)
 
@@ -99,45 +79,36 @@ def _layer_norm_bwd_kernel(
     dx_stride_n,
     N,
     C: tl.constexpr,
-    MAIN_C: tl.constexpr,
-    TAIL_C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    weight_main, weight_tail = _load_pieces(weight_ptr, C, MAIN_C, TAIL_C)
-    dweight_main = tl.zeros([MAIN_C], tl.float32)
-    dweight_tail = tl.zeros([TAIL_C], tl.float32)
-    dbias_main = tl.zeros([MAIN_C], tl.float32)
-    dbias_tail = tl.zeros([TAIL_C], tl.float32)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    dweight = tl.zeros([BLOCK_C], tl.float32)
+    dbias = tl.zeros([BLOCK_C], tl.float32)
 
     for n in range(tl.program_id(0), N, tl.num_programs(0)):
         row = tl.cast(n, tl.int64)
-        x_main, x_tail = _load_pieces(x_ptr + row * x_stride_n, C, MAIN_C, TAIL_C)
-        dout_main, dout_tail = _load_pieces(dout_ptr + row * dout_stride_n, C, MAIN_C, TAIL_C)
+        dout = tl.load(dout_ptr + row * dout_stride_n + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row * x_stride_n + offs_c, mask=mask_c, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + row)
         rstd = tl.load(rstd_ptr + row)
-        xhat_main = (x_main - mean) * rstd
-        xhat_tail = (x_tail - mean) * rstd
-        dweight_main += dout_main * xhat_main
-        dweight_tail += dout_tail * xhat_tail
-        dbias_main += dout_main
-        dbias_tail += dout_tail
 
-        # Beyond C dout is zero, and with it g and every product it enters.
-        g_main = dout_main * weight_main
-        g_tail = dout_tail * weight_tail
-        g_mean = (tl.sum(g_main, 0) + tl.sum(g_tail, 0)) / C
-        gx_mean = (tl.sum(g_main * xhat_main, 0) + tl.sum(g_tail * xhat_tail, 0)) / C
-        dx_main = (g_main - g_mean - xhat_main * gx_mean) * rstd
-        dx_tail = (g_tail - g_mean - xhat_tail * gx_mean) * rstd
+        # Beyond C dout is zero, and with it every product that xhat enters there.
+        xhat = (x - mean) * rstd
+        dweight += dout * xhat
+        dbias += dout
+        g = dout * weight
+        dx = (g - tl.sum(g, 0) / C - xhat * (tl.sum(g * xhat, 0) / C)) * rstd
         if dresidual_ptr is not None:
-            main, tail = _load_pieces(dresidual_ptr + row * dresidual_stride_n, C, MAIN_C, TAIL_C)
-            dx_main += main
-            dx_tail += tail
-        _store_pieces(dx_ptr + row * dx_stride_n, dx_main, dx_tail, C, MAIN_C, TAIL_C)
+            dresidual_row = dresidual_ptr + row * dresidual_stride_n
+            dx += tl.load(dresidual_row + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + row * dx_stride_n + offs_c, dx.to(dx_ptr.dtype.element_ty), mask=mask_c)
 
     dweight_row = partial_ptr + tl.program_id(0).to(tl.int64) * C
     dbias_row = dweight_row + tl.num_programs(0).to(tl.int64) * C
-    _store_pieces(dweight_row, dweight_main, dweight_tail, C, MAIN_C, TAIL_C)
-    _store_pieces(dbias_row, dbias_main, dbias_tail, C, MAIN_C, TAIL_C)
+    tl.store(dweight_row + offs_c, dweight, mask=mask_c)
+    tl.store(dbias_row + offs_c, dbias, mask=mask_c)
 
 
 @kernel_op(mutates=("y", "mean", "rstd"))
@@ -157,8 +128,7 @@ def _layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, mean: Te
             y.stride(0),
             eps,
             C=C,
-            MAIN_C=config.main_c,
-            TAIL_C=config.tail_c,
+            BLOCK_C=config.block_c,
             num_warps=config.fwd_warps,
         )
 
@@ -193,8 +163,7 @@ def _layer_norm_bwd(
             dx.stride(0),
             N,
             C=C,
-            MAIN_C=config.main_c,
-            TAIL_C=config.tail_c,
+            BLOCK_C=config.block_c,
             num_warps=config.bwd_warps,
         )
 

@@ -42,7 +42,7 @@ def _run(x, weight, bias, dout=None):
     return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y) if dout is None else dout)]
 
 
-# Rows: one, fewer and more than programs, no multiple of them. Columns: 64 + 16, a ragged tail, 2048 + 512, one, 2 + 1.
+# Rows: one, fewer and more than programs, no multiple of them. Columns: a head's, a ragged 100, Phi's, one, three.
 @interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("N", "C"), [(1, 80), (37, 100), (3, 2560)])
@@ -99,7 +99,9 @@ def test_incident_10_no_cancellation_far_from_zero(C):
 def test_incident_10_constant_rows_give_the_bias(value):
     inputs = _inputs(3, 100)
     inputs["x"] = torch.full_like(inputs["x"], value)
-    torch.testing.assert_close(layer_norm(**inputs), inputs["bias"].expand(3, 100), rtol=0, atol=1e-6)
+    y, mean, _ = kernel_file.layer_norm_forward(*inputs.values(), 1e-5)
+    torch.testing.assert_close(y, inputs["bias"].expand(3, 100), rtol=0, atol=1e-6)
+    assert_same_bits([mean], [inputs["x"][:, 0]], what="mean of a constant row")
     check_op(layer_norm, layer_norm_ref, inputs, name="layer_norm constant rows")
 
 
@@ -153,11 +155,12 @@ def test_a_row_depends_on_itself_alone():
 
 @interpreter
 def test_rows_beyond_two_to_the_31_elements(tmp_path):
-    """A sparse file stands in for the memory: only the pages touched exist."""
-    stride, C = 2**31 + 2**20, 80
-    backing = torch.from_file(str(tmp_path / "x"), shared=True, size=stride + C, dtype=torch.bfloat16)
-    inputs = _inputs(2, C, dtype=torch.bfloat16)
-    far = backing.as_strided((2, C), (stride, 1))
+    """The stride fits 32 bits, its product with the row does not. A sparse file stands in for the memory."""
+    stride, C = 2**30 + 2**20, 80
+    size = 2 * stride + C
+    backing = torch.from_file(str(tmp_path / "x"), shared=True, size=size, dtype=torch.bfloat16)
+    inputs = _inputs(3, C, dtype=torch.bfloat16)
+    far = backing.as_strided((3, C), (stride, 1))
     far.copy_(inputs["x"])
     expected = _run(**inputs)
     assert_same_bits(_run(far, inputs["weight"], inputs["bias"]), expected, what="far rows read")
@@ -166,7 +169,7 @@ def test_rows_beyond_two_to_the_31_elements(tmp_path):
     _, mean, rstd = kernel_file.layer_norm_forward(x, weight, bias, 1e-5)
     kernel_file._layer_norm_fwd(x, weight, bias, far, mean, rstd, 1e-5)
     assert_same_bits([far], expected[:1], what="far rows written")
-    dout, partial = torch.ones_like(x), torch.empty(2, 2, C)
+    dout, partial = torch.ones_like(x), torch.empty(2, 3, C)
     kernel_file._layer_norm_bwd(dout, x, weight, mean, rstd, None, far, partial)
     assert_same_bits([far], expected[1:2], what="far gradient rows written")
 
