@@ -7,15 +7,14 @@ its tensors must be exactly those that its config.json implies, in one of the la
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import PhiConfig
@@ -23,12 +22,12 @@ from .errors import InputError
 from .hf_config import read_config, write_configs
 from .layout import FUSED, NATIVE, REMOTE, Slot, slots_of
 from .model import Phi, default_dtype, refuse_fp16
-from .strict_files import MIB, SafetensorsFile, file_of, read_json, sync, write_json
+from .safetensors_file import DTYPE_NAMES, SafetensorsFile, write_safetensors
+from .strict_files import MIB, file_of, read_json, sync, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"[A-Za-z0-9._-]{1,200}\.safetensors")
 OUR_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-DTYPES = ("F64", "F32", "BF16", "F16")
 
 Item = TypeVar("Item")
 
@@ -115,8 +114,8 @@ def _match(config: PhiConfig, tensors: dict[str, tuple[str, tuple[int, ...]]], d
         dtype, shape = tensors[name]
         if shape != slot.shape:
             raise InputError(f"{directory}: expected {name} {list(slot.shape)}, got {list(shape)}")
-        if dtype not in DTYPES:
-            raise InputError(f"{directory}: expected {name} in one of {', '.join(DTYPES)}, got {dtype}")
+        if dtype not in DTYPE_NAMES.values():
+            raise InputError(f"{directory}: expected {name} in {', '.join(DTYPE_NAMES.values())}, got {dtype}")
     return slots
 
 
@@ -125,8 +124,8 @@ def save_pretrained(
 ) -> None:
     """Writes the model, and the tokenizer's files, to a directory that transformers 4.37 and later load natively.
 
-    Weights keep the model's dtype, in files of at most `shard_bytes` (or of one tensor). Memory: copies of one file's
-    tensors. A model already there stays whole until every new weight is on the disk. InputError where a weight is not
+    Weights keep the model's dtype, in files of at most `shard_bytes` (or of one tensor). Memory: a copy of one
+    tensor. A model already there stays whole until every new weight is on the disk. InputError where a weight is not
     finite, where the tokenizer has more ids than the model, and where the directory cannot be written.
     """
     directory = Path(directory)
@@ -143,12 +142,16 @@ def save_pretrained(
     if len(shards) == 1:
         names = [SINGLE]
     partial = [directory / f"{name}.partial" for name in names]
+    weights = _weights(model, slots, directory)
     try:
-        for path, shard in _progress(list(zip(partial, shards, strict=True)), f"Writing {directory.name}"):
-            _write_shard(path, model, {name: slots[name] for name in shard})
-    except BaseException:
+        for path, shard in zip(partial, shards, strict=True):
+            shapes = {name: slots[name].shape for name in shard}
+            write_safetensors(path, shapes, model.embed.dtype, islice(weights, len(shard)))
+    except BaseException as error:
         for path in partial:
             path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise InputError(f"{directory}: expected to write the weights here, got: {error.strerror}") from None
         raise
     # Without config.json a directory is no model: from here to the end nobody can load a mixture of old and new.
     (directory / "config.json").unlink(missing_ok=True)
@@ -181,17 +184,11 @@ def _shards(slots: dict[str, Slot], size: int, limit: int) -> list[list[str]]:
     return shards
 
 
-def _write_shard(path: Path, model: Phi, slots: dict[str, Slot]) -> None:
-    tensors = {}
-    for name, slot in slots.items():
+def _weights(model: Phi, slots: dict[str, Slot], directory: Path) -> Iterator[Tensor]:
+    for name, slot in _progress(slots.items(), f"Writing {directory.name}"):
         values = model.get_parameter(slot.parameter).detach()[slot.part]
-        _require_finite(values, f"{path.parent}: {name}")
-        tensors[name] = values.cpu().contiguous()
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-        sync(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: expected to write the weights here, got: {error}") from None
+        _require_finite(values, f"{directory}: {name}")
+        yield values
 
 
 def _require_finite(values: Tensor, where: str) -> None:

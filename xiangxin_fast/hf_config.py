@@ -12,7 +12,8 @@ import torch
 
 from .config import PhiConfig
 from .errors import InputError
-from .strict_files import TENSOR_LIMIT, read_json, write_json
+from .safetensors_file import TENSOR_LIMIT
+from .strict_files import read_json, write_json
 
 SIZE_LIMIT = 1 << 20  # of any one axis; keeps a hostile config from asking for the machine's memory
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")

@@ -1,24 +1,15 @@
 """Files that may come from anyone, read strictly, and files that must survive a crash, written durably.
 
-Every fault is an InputError of one line naming the file. The safetensors library checks how a file is laid out; what it
-lets pass is checked here: duplicate names, and headers far larger than a Phi needs.
+Every fault is an InputError of one line naming the file. No torch here: the tokenizer and train/prepare.py do without.
 """
 
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from safetensors import SafetensorError, safe_open
 
 from .errors import InputError
 
-if TYPE_CHECKING:
-    from torch import Tensor  # not at run time: the tokenizer and train/prepare.py read JSON without torch
-
 MIB = 1 << 20
-HEADER_LIMIT = 4 * MIB  # phi-2's header has 50 KB
-TENSOR_LIMIT = 10_000  # phi-2 has 453 tensors
 
 
 def parse_json(data: bytes, where: str) -> dict:
@@ -85,35 +76,3 @@ def file_of(directory: Path, name: str) -> Path:
     if target.parent not in homes:
         raise InputError(f"{path}: expected a file of this directory, got a link to {target}")
     return path
-
-
-class SafetensorsFile:
-    """A safetensors file open for reading; `tensors` maps each name to its dtype, as the file spells it, and shape."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            with open(path, "rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                if length > HEADER_LIMIT:
-                    raise InputError(f"{path}: expected a header of at most {HEADER_LIMIT} bytes, got {length}")
-                header = parse_json(file.read(length), f"{path} (header)")
-            header.pop("__metadata__", None)
-            if len(header) > TENSOR_LIMIT:
-                raise InputError(f"{path}: expected at most {TENSOR_LIMIT} tensors, got {len(header)}")
-            # The default backend maps the file: one that shrank while it was read would kill the process by SIGBUS.
-            self._file = safe_open(path, "pt", backend="pread")
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: expected a whole safetensors file, got: {_one_line(error)}") from None
-        self.tensors = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
-
-    def read(self, name: str) -> "Tensor":
-        """The tensor `name`, in memory of its own."""
-        try:
-            return self._file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{self.path}: tensor {name!r} cannot be read: {_one_line(error)}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
