@@ -12,7 +12,7 @@ not notice, are then most of an fp32 gradient's error; for it (WIDE) a first pas
 import triton
 import triton.language as tl
 
-from ._attention_fwd import _load_tile, _rotate, _store_tile, _tile_and_head
+from ._attention_fwd import _load_tile, _product, _rotate, _store_tile, _tile_and_head
 
 
 @triton.jit
@@ -51,14 +51,14 @@ def _accumulate_dq(
     for start_n in tl.range(lo, hi, BLOCK_N):
         k_main = _load_tile(k_ptr, start_n, k_stride_t, offs_n, offs_main, hi, DIAGONAL)
         v_main = _load_tile(v_ptr, start_n, v_stride_t, offs_n, offs_main, hi, DIAGONAL)
-        s = tl.dot(q_main, tl.trans(k_main), input_precision="ieee")
-        dp = tl.dot(dout_main, tl.trans(v_main), input_precision="ieee")
+        k_tail = k_main
+        v_tail = v_main
         if D_TAIL > 0:
             offs_tail = D_MAIN + tl.arange(0, D_TAIL)
             k_tail = _load_tile(k_ptr, start_n, k_stride_t, offs_n, offs_tail, hi, DIAGONAL)
             v_tail = _load_tile(v_ptr, start_n, v_stride_t, offs_n, offs_tail, hi, DIAGONAL)
-            s = tl.dot(q_tail, tl.trans(k_tail), s, input_precision="ieee")
-            dp = tl.dot(dout_tail, tl.trans(v_tail), dp, input_precision="ieee")
+        s = _product(q_main, q_tail, k_main, k_tail, D_TAIL)
+        dp = _product(dout_main, dout_tail, v_main, v_tail, D_TAIL)
         key = (start_n + offs_n)[None, :]
         if DIAGONAL:
             s = tl.where(key <= position[:, None], s, float("-inf"))
@@ -290,11 +290,19 @@ def _accumulate_dkv(
     offs_main = tl.arange(0, D_MAIN)
     for start_m in tl.range(lo, hi, BLOCK_M):
         q_main = _load_tile(q_ptr, start_m, q_stride_t, offs_m, offs_main, T, MASKED)
-        s = tl.dot(k_main, tl.trans(q_main), input_precision="ieee")
+        dout_main = _load_tile(dout_ptr, start_m, dout_stride_t, offs_m, offs_main, T, MASKED)
+        q_tail = q_main
+        dout_tail = dout_main
         if D_TAIL > 0:
             offs_tail = D_MAIN + tl.arange(0, D_TAIL)
             q_tail = _load_tile(q_ptr, start_m, q_stride_t, offs_m, offs_tail, T, MASKED)
-            s = tl.dot(k_tail, tl.trans(q_tail), s, input_precision="ieee")
+            dout_tail = _load_tile(dout_ptr, start_m, dout_stride_t, offs_m, offs_tail, T, MASKED)
+        if WIDE:  # the same bits as in the kernel of dq, whose sums lse_low and delta are
+            s = tl.trans(_product(q_main, q_tail, k_main, k_tail, D_TAIL))
+            dp = tl.trans(_product(dout_main, dout_tail, v_main, v_tail, D_TAIL))
+        else:
+            s = _product(k_main, k_tail, q_main, q_tail, D_TAIL)
+            dp = _product(v_main, v_tail, dout_main, dout_tail, D_TAIL)
         query = start_m + offs_m
         if MASKED:
             lse = tl.load(lse_ptr + query, mask=query < T, other=float("inf"))
@@ -310,17 +318,12 @@ def _accumulate_dkv(
         else:
             s = s * scale_log2 - lse[None, :]
         p = tl.exp2(s)
-        dout_main = _load_tile(dout_ptr, start_m, dout_stride_t, offs_m, offs_main, T, MASKED)
-        dp = tl.dot(v_main, tl.trans(dout_main), input_precision="ieee")
         p_low = p.to(dout_main.dtype)
         dv_main = tl.dot(p_low, dout_main, dv_main, input_precision="ieee")
-        if D_TAIL > 0:
-            dout_tail = _load_tile(dout_ptr, start_m, dout_stride_t, offs_m, offs_tail, T, MASKED)
-            dp = tl.dot(v_tail, tl.trans(dout_tail), dp, input_precision="ieee")
-            dv_tail = tl.dot(p_low, dout_tail, dv_tail, input_precision="ieee")
         ds = (p * (dp - delta[None, :])).to(q_main.dtype)
         dk_main = tl.dot(ds, q_main, dk_main, input_precision="ieee")
         if D_TAIL > 0:
+            dv_tail = tl.dot(p_low, dout_tail, dv_tail, input_precision="ieee")
             dk_tail = tl.dot(ds, q_tail, dk_tail, input_precision="ieee")
     return dk_main, dk_tail, dv_main, dv_tail
 

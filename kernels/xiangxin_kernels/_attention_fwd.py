@@ -35,6 +35,15 @@ def _store_tile(base_ptr, first, stride_t, offs_t, offs_d, end, x):
 
 
 @triton.jit
+def _product(a_main, a_tail, b_main, b_tail, D_TAIL: tl.constexpr):
+    """a b^T over both parts of the columns."""
+    x = tl.dot(a_main, tl.trans(b_main), input_precision="ieee")
+    if D_TAIL > 0:
+        x = tl.dot(a_tail, tl.trans(b_tail), x, input_precision="ieee")
+    return x
+
+
+@triton.jit
 def _partner(main, tail, offs_d, R: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr):
     """For each column of `offs_d` below R the one it is rotated with, R/2 away, from either part; anything beyond."""
     column = ((offs_d + R // 2) % R)[None, :] + tl.zeros([main.shape[0], 1], tl.int32)
@@ -154,11 +163,11 @@ def _attend(
     offs_main = tl.arange(0, D_MAIN)
     for start_n in tl.range(lo, hi, BLOCK_N):
         k_main = _load_tile(k_ptr, start_n, k_stride_t, offs_n, offs_main, hi, DIAGONAL)
-        s = tl.dot(q_main, tl.trans(k_main), input_precision="ieee")
+        k_tail = k_main
         if D_TAIL > 0:
             offs_tail = D_MAIN + tl.arange(0, D_TAIL)
             k_tail = _load_tile(k_ptr, start_n, k_stride_t, offs_n, offs_tail, hi, DIAGONAL)
-            s = tl.dot(q_tail, tl.trans(k_tail), s, input_precision="ieee")
+        s = _product(q_main, q_tail, k_main, k_tail, D_TAIL)
         key = (start_n + offs_n)[None, :]
         if DIAGONAL:
             s = tl.where(key <= position[:, None], s, float("-inf"))
