@@ -4,7 +4,10 @@ import os
 import random
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 from train.config import TrainConfig
+from train.metrics import read_metrics
 from train.prepare import shards
 from xiangxin_fast import save_pretrained
 from xiangxin_fast.config import PhiConfig
@@ -51,3 +54,15 @@ def command_of(config: TrainConfig) -> list[str]:
             [flag.replace("--", "--" if value else "--no-", 1)] if isinstance(value, bool) else [flag, str(value)]
         )
     return options
+
+
+def weights_of(config: TrainConfig, step: int) -> dict[str, bytes]:
+    """The bytes of a checkpoint's tensors, by name."""
+    (file,) = (config.out / "checkpoints" / f"step-{step:08d}").glob("*.safetensors")
+    return {name: tensor.numpy().tobytes() for name, tensor in load_file(file).items()}
+
+
+def losses_of(config: TrainConfig) -> list[tuple[int, str, str]]:
+    """Step, loss and gradient norm of every step, to the last bit."""
+    records = [record for record in read_metrics(config.out) if "loss" in record]
+    return [(record["step"], record["loss"].hex(), record["grad_norm"].hex()) for record in records]
