@@ -5,10 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-
-from tests.numerics import assert_no_worse_than_torch, check_op
-from tests.op_contract import assert_same_bits
 from xiangxin_kernels import (
+    _cpu,
     decode_attention,
     decode_attention_ref,
     decode_block,
@@ -17,7 +15,9 @@ from xiangxin_kernels import (
     decode_head_ref,
     parallel_block,
 )
-from xiangxin_kernels import _cpu
+
+from tests.numerics import assert_no_worse_than_torch, check_op
+from tests.op_contract import assert_same_bits
 
 DTYPES = [torch.float32, torch.bfloat16]
 # Rows whose lengths are: the shortest, one below, at and above a multiple of the vector width, the whole cache.
@@ -67,9 +67,9 @@ def appended(op):
     return run
 
 
-def head_inputs(dtype: torch.dtype) -> dict:
+def head_inputs(dtype: torch.dtype, rows: int = 5) -> dict:
     generator = torch.Generator().manual_seed(2)
-    shapes = {"x": (5, 240), "ln_w": (240,), "ln_b": (240,), "head_w": (131, 240), "head_b": (131,)}
+    shapes = {"x": (rows, 240), "ln_w": (240,), "ln_b": (240,), "head_w": (131, 240), "head_b": (131,)}
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
 
 
@@ -99,7 +99,7 @@ class TestNumerics:
     def test_widened_products(self, dtype, monkeypatch):
         monkeypatch.setattr(_cpu, "WIDEN_ELEMENTS", 7 * 240)
         monkeypatch.setattr(_cpu, "_has_bf16", lambda: False)
-        inputs = head_inputs(dtype)
+        inputs = head_inputs(dtype, rows=_cpu.WIDEN_ROWS)
         x, weight, bias = (inputs[name] for name in ("x", "head_w", "head_b"))
         plain, exact = F.linear(x, weight, bias), F.linear(x.double(), weight.double(), bias.double())
         assert_no_worse_than_torch(_cpu.linear(x, weight, bias), plain, exact, what="linear.out")
@@ -107,7 +107,9 @@ class TestNumerics:
 
 def test_widened_products_leave_gradients_to_torch(monkeypatch):
     monkeypatch.setattr(_cpu, "_has_bf16", lambda: False)
-    x, weight, bias = (torch.randn(shape).bfloat16().requires_grad_() for shape in ((8, 16), (4, 16), (4,)))
+    x, weight, bias = (
+        torch.randn(shape).bfloat16().requires_grad_() for shape in ((_cpu.WIDEN_ROWS, 16), (4, 16), (4,))
+    )
     _cpu.linear(x, weight, bias).sum().backward()
     assert weight.grad.abs().sum() > 0
 
@@ -115,7 +117,7 @@ def test_widened_products_leave_gradients_to_torch(monkeypatch):
 def test_widening_scratch_outlives_inference_mode(monkeypatch):
     monkeypatch.setattr(_cpu, "_has_bf16", lambda: False)
     monkeypatch.setattr(_cpu, "_scratch", type(_cpu._scratch)())
-    x, weight, bias = (torch.randn(shape).bfloat16() for shape in ((8, 16), (4, 16), (4,)))
+    x, weight, bias = (torch.randn(shape).bfloat16() for shape in ((_cpu.WIDEN_ROWS, 16), (4, 16), (4,)))
     with torch.inference_mode():
         expected = _cpu.linear(x, weight, bias)
     assert_same_bits([_cpu.linear(x, weight, bias)], [expected], what="outside inference mode")

@@ -1,0 +1,465 @@
+"""The generator against transformers' `generate`, samples that must not touch each other, and the command line."""
+
+import dataclasses
+import io
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import xiangxin_fast.generator as generator_module
+from tests.hf import fuse, oracle, random_model
+from tests.numerics import assert_no_worse_than_torch
+from tests.op_contract import assert_same_bits
+from xiangxin_fast import generate
+from xiangxin_fast.checkpoint import load_pretrained, save_pretrained
+from xiangxin_fast.config import PhiConfig
+from xiangxin_fast.errors import InputError
+from xiangxin_fast.generator import Generator
+from xiangxin_fast.kv_cache import KVCache
+from xiangxin_fast.model import Phi
+from xiangxin_fast.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[1]
+PHI_2 = PhiConfig(vocab=131, channels=160, layers=3, heads=2, rotary_dim=32, mlp_hidden=500, context=64)
+PHI_1_5 = PhiConfig(vocab=97, channels=128, layers=2, heads=2, rotary_dim=32, mlp_hidden=512, context=48)
+TIED = PhiConfig(
+    vocab=113, channels=192, layers=2, heads=2, rotary_dim=24, mlp_hidden=300, context=40, tied_head=True, eos_id=5
+)
+
+
+def prompts_of(config: PhiConfig, *lengths: int, seed: int = 0) -> list[list[int]]:
+    noise = torch.Generator().manual_seed(seed)
+    return [torch.randint(config.vocab, (length,), generator=noise).tolist() for length in lengths]
+
+
+@pytest.fixture(scope="module")
+def model() -> Phi:
+    return random_model(PHI_2)
+
+
+class TestAgainstTransformers:
+    @pytest.mark.parametrize(
+        ("config", "penalty"),
+        [(PHI_2, 1.0), (PHI_1_5, 1.0), (TIED, 1.0), (TIED, 1.3)],
+        ids=["phi-2", "phi-1.5", "tied, with an end of text", "tied, with a penalty"],
+    )
+    def test_greedy_token_for_token_to_the_contexts_end(self, config, penalty):
+        hf = oracle(config)
+        ours = Generator(fuse(config, hf.state_dict()))
+        prompts = prompts_of(config, 1, 7, 20)
+        completions = ours.complete(prompts, temperature=0, repetition_penalty=penalty)
+        for prompt, completion in zip(prompts, completions, strict=True):
+            tokens = torch.tensor([prompt])
+            expected = hf.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_length=config.context,
+                do_sample=False,
+                repetition_penalty=penalty,
+                eos_token_id=config.eos_id,
+                pad_token_id=0,
+            )
+            assert completion.tokens == expected[0, len(prompt) :].tolist()
+            ended_early = completion.tokens[-1] == config.eos_id
+            assert completion.finish_reason == ("stop" if ended_early else "context")
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_cached_logits_at_every_position(self, dtype):
+        """Prefill in pieces and decode steps against the whole sequence at once, by the numerics rule."""
+        model = random_model(PHI_2, dtype)
+        tokens = torch.tensor(prompts_of(PHI_2, PHI_2.context))
+        with torch.no_grad():
+            exact, plain = random_model(PHI_2).to(dtype).double()(tokens), model(tokens)
+        cache = KVCache.allocate(PHI_2, 1, PHI_2.context, dtype=dtype)
+        logits = [model.prefill(tokens[:, :5], cache), model.prefill(tokens[:, 5:9], cache, 5)]
+        for t in range(9, PHI_2.context):
+            logits.append(model.decode(tokens[:, t], cache, torch.tensor([t])))
+        rows = [4, *range(8, PHI_2.context)]
+        assert_no_worse_than_torch(torch.stack(logits, 1), plain[:, rows], exact[:, rows], what="generate.logits")
+
+
+class TestSamplesDoNotTouchEachOther:
+    OPTIONS = ({"temperature": 0}, {"temperature": 1.5, "top_k": 40, "repetition_penalty": 1.2, "seed": 3})
+
+    @pytest.mark.parametrize("options", OPTIONS, ids=["greedy", "sampled"])
+    @pytest.mark.parametrize("rows", [2, 8])
+    def test_each_prompt_gets_what_it_gets_alone(self, model, options, rows):
+        """With two rows most samples join late and take the places of others; their index keeps their draws."""
+        prompts = prompts_of(PHI_2, 3, 40, 1, 17, 33)
+        together = Generator(model, rows=rows).generate(prompts, max_new_tokens=6, **options)
+        for i, prompt in enumerate(prompts):
+            # Others that end at once stand before it, so that it has the same index.
+            alone = Generator(model, rows=1).generate([*[[0]] * i, prompt], max_new_tokens=6, **options)
+            assert together[i] == alone[i]
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_logits_bit_for_bit(self, dtype):
+        """Other rows hold other prompts, then NaN: the bits stay. The same bits with one token changed do not."""
+        model = random_model(PHI_2, dtype)
+        needle, *others = prompts_of(PHI_2, 20, 50, 2, 31)
+
+        def run(prompts: list[list[int]], row: int, poison: float | None = None) -> torch.Tensor:
+            cache = KVCache.allocate(PHI_2, len(prompts), PHI_2.context, dtype=dtype)
+            if poison is not None:
+                cache.k.fill_(poison), cache.v.fill_(poison)
+            logits = []
+            for i, prompt in enumerate(prompts):
+                first = model.prefill(torch.tensor([prompt]), cache.rows(i, i + 1))
+                logits += [first] if i == row else []
+            for step in range(6):
+                tokens = torch.tensor([(7 * step + i * (i != row)) % PHI_2.vocab for i in range(len(prompts))])
+                positions = torch.tensor([len(prompt) + step for prompt in prompts])
+                logits.append(model.decode(tokens, cache, positions)[row : row + 1])
+            return torch.cat(logits)
+
+        alone = run([needle], 0)
+        assert_same_bits([run([*others, needle], 3)], [alone], what="last of four")
+        assert_same_bits([run([others[0], needle, others[1]], 1, math.nan)], [alone], what="beside NaN")
+        changed = [*needle[:-1], (needle[-1] + 1) % PHI_2.vocab]
+        with pytest.raises(AssertionError, match="differs in"):
+            assert_same_bits([run([changed], 0)], [alone], what="another prompt")
+
+    def test_batched_products_would_fail_that_test(self, model, monkeypatch):
+        """The inverse: with torch's own product over all rows, a row's bits do depend on its neighbours."""
+        monkeypatch.setattr("xiangxin_kernels.decode.linear_rows", torch.nn.functional.linear)
+        prompts = prompts_of(PHI_2, 20, 50, 2, 31)
+        cache = KVCache.allocate(PHI_2, 4, PHI_2.context, dtype=torch.float32)
+        for i, prompt in enumerate(prompts):
+            model.prefill(torch.tensor([prompt]), cache.rows(i, i + 1))
+        tokens, positions = torch.arange(4), torch.tensor([len(prompt) for prompt in prompts])
+        together = model.decode(tokens, cache, positions)
+        alone = model.decode(tokens[:1], cache.rows(0, 1), positions[:1])
+        assert not torch.equal(together[:1], alone)
+
+    def test_equal_prompts_are_prefilled_once_and_give_the_same(self, model, monkeypatch):
+        prompt = prompts_of(PHI_2, 30)[0]
+        lengths = []
+        prefill = Phi.prefill
+        monkeypatch.setattr(Phi, "prefill", lambda *a, **k: lengths.append(a[1].shape[1]) or prefill(*a, **k))
+        together = Generator(model).generate([prompt, prompt, prompt], max_new_tokens=8, seed=1)
+        assert lengths == [30]
+        monkeypatch.undo()
+        apart = Generator(model, rows=1).generate([prompt, prompt, prompt], max_new_tokens=8, seed=1)
+        assert together == apart
+        assert together[0] != together[1]
+
+    def test_prompts_longer_than_a_chunk(self, model, monkeypatch):
+        prompts = prompts_of(PHI_2, 33)
+        expected = Generator(model).generate(prompts, max_new_tokens=10, temperature=0)
+        monkeypatch.setattr(generator_module, "PREFILL_CHUNK", 8)
+        assert Generator(model).generate(prompts, max_new_tokens=10, temperature=0) == expected
+
+
+class TestEnds:
+    def test_reasons(self, model):
+        prompt = prompts_of(PHI_2, 10)[0]
+        tokens = Generator(model).generate([prompt], max_new_tokens=20, temperature=0)[0]
+        stop = next(token for token in tokens if token != tokens[0])
+        cases = {
+            "stop": {"stop_ids": [stop]},
+            "length": {"max_new_tokens": 4},
+            "context": {},
+        }
+        for reason, options in cases.items():
+            completion = Generator(model).complete([prompt], temperature=0, **options)[0]
+            assert completion.finish_reason == reason
+            ends = {"stop": tokens.index(stop) + 1, "length": 4, "context": PHI_2.context - 10}
+            assert len(completion.tokens) == ends[reason]
+
+    @pytest.mark.parametrize(("limits", "expected"), [((4, 30), 4), ((30, 14), 4), ((None, 14), 4), ((4, None), 4)])
+    def test_the_nearer_limit_counts(self, model, limits, expected):
+        new, length = limits
+        prompt = prompts_of(PHI_2, 10)[0]
+        assert len(Generator(model).generate([prompt], max_new_tokens=new, max_length=length)[0]) == expected
+
+    def test_the_last_position_of_the_context_is_used_and_none_after(self, model):
+        prompt = prompts_of(PHI_2, PHI_2.context - 1)[0]
+        completion = Generator(model).complete([prompt], temperature=0)[0]
+        assert (len(completion.tokens), completion.finish_reason) == (1, "context")
+
+    def test_the_models_end_of_text_ends_unless_told_otherwise(self):
+        prompt = prompts_of(TIED, 4)[0]
+        free = Generator(random_model(TIED)).generate([prompt], seed=1, stop_ids=())[0]
+        assert len(free) == TIED.context - 4
+        config = dataclasses.replace(TIED, eos_id=free[10])
+        ended = Generator(random_model(config)).generate([prompt], seed=1)[0]
+        assert ended == free[: free.index(config.eos_id) + 1]
+
+    def test_no_id_without_a_token(self, model):
+        tokens = Generator(model, valid_ids=20).generate([[1], [2]], temperature=100.0, seed=2)
+        assert max(map(max, tokens)) < 20
+
+    def test_stream_has_the_same_tokens_as_they_come(self, model):
+        prompts = prompts_of(PHI_2, 5, 9, 2)
+        stream = Generator(model, rows=2).stream(prompts, max_new_tokens=6, seed=4)
+        tokens: list[list[int]] = [[], [], []]
+        for step in stream:
+            assert (step.finish_reason == "length") == (len(tokens[step.sample]) == 5)
+            tokens[step.sample].append(step.token)
+        assert tokens == Generator(model).generate(prompts, max_new_tokens=6, seed=4)
+
+    def test_a_stopped_sample_gives_no_more_and_the_others_stay(self, model):
+        prompts = prompts_of(PHI_2, 5, 9, 2)
+        expected = Generator(model).generate(prompts, max_new_tokens=6, seed=4)
+        stream = Generator(model, rows=2).stream(prompts, max_new_tokens=6, seed=4)
+        tokens: list[list[int]] = [[], [], []]
+        for step in stream:
+            tokens[step.sample].append(step.token)
+            if len(tokens[0]) == 3:
+                stream.stop(0)
+        assert tokens == [expected[0][:3], *expected[1:]]
+
+    def test_no_prompts(self, model):
+        assert Generator(model).generate([]) == []
+
+
+class TestMemory:
+    def test_a_step_leaves_nothing_behind(self, model):
+        """The cache's tensors stay where they are, and a step keeps nothing of what it allocates."""
+        cache = KVCache.allocate(PHI_2, 1, PHI_2.context, dtype=torch.float32)
+        before = cache.k.data_ptr(), cache.v.data_ptr()
+
+        def kept(position: int) -> int:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as run:
+                model.decode(torch.tensor([1]), cache, torch.tensor([position]))
+            assert any(event.self_cpu_memory_usage > 0 for event in run.events())
+            return sum(event.self_cpu_memory_usage for event in run.events())
+
+        cache.k.zero_(), cache.v.zero_()
+        kept(0)  # the rotary tables
+        assert [kept(position) for position in (1, 30, 60)] == [0, 0, 0]
+        assert (cache.k.data_ptr(), cache.v.data_ptr()) == before
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([[1], []], {}, "prompt 1: expected at least one token"),
+        ([[1, 131]], {}, "prompt 0: expected ids in 0..130, got 131"),
+        ([[-1]], {}, "prompt 0: expected ids in 0..130, got -1"),
+        ([[1] * 64], {}, "prompt 0: the model's context is 64 tokens and counts the prompt, which has 64"),
+        ([[1] * 9], {"max_length": 9}, "prompt 0: max_length is 9 tokens and counts the prompt, which has 9"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
+        ([[1]], {"max_length": -1}, "max_length: expected at least 1, got -1"),
+        ([[1]], {"temperature": -1}, "temperature: expected"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_runs(model, prompts, options, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        Generator(model).stream(prompts, **options)
+
+
+def test_damaged_weights_are_an_error_and_not_a_text():
+    model = random_model(PHI_2)
+    with torch.no_grad():
+        model.head_w[3, 3] = math.nan
+    with pytest.raises(InputError, match="NaN"):
+        Generator(model).generate([[1, 2, 3]])
+
+
+class TestStopMatcher:
+    @pytest.mark.parametrize(
+        ("stops", "pieces", "shown", "stopped"),
+        [
+            (["停"], ["走走", "停下"], "走走", True),
+            (["abcd"], ["xab", "cd", "y"], "x", True),
+            (["abcd"], ["xab", "c", "e"], "xabce", False),
+            (["aab"], ["a", "a", "a", "b", "c"], "a", True),
+            (["bcd", "ab"], ["abcd"], "", True),
+            (["bcd", "abce"], ["a", "b", "c", "d"], "a", True),
+            (["ab"], ["xa"], "xa", False),
+            ([], ["x", "y"], "xy", False),
+        ],
+    )
+    def test_stops(self, stops, pieces, shown, stopped):
+        matcher = generate.StopMatcher(stops)
+        assert "".join(map(matcher.push, pieces)) + matcher.finish() == shown
+        assert matcher.stopped == stopped
+
+    def test_holds_back_no_more_than_may_begin_a_stop(self):
+        matcher = generate.StopMatcher(["\n\n"])
+        assert [matcher.push(text) for text in ("一", "\n", "二", "\n")] == ["一", "", "\n二", ""]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    """A model directory with a tokenizer whose vocabulary is smaller than the model's."""
+    directory = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer.train(["年轻人不应该再努力了，年轻人就应该享受生活。" * 3, "the quick brown fox " * 5], 300)
+    config = PhiConfig(vocab=320, channels=160, layers=2, heads=2, rotary_dim=32, mlp_hidden=320, context=64)
+    save_pretrained(random_model(config), directory, tokenizer)
+    return directory
+
+
+def run_cli(directory: Path, *arguments: str) -> None:
+    generate.main(["--model", str(directory), "--dtype", "float32", "--device", "cpu", *arguments])
+
+
+class TestCommandLine:
+    def test_prints_the_completion(self, directory, capsys):
+        run_cli(directory, "年轻人", "--greedy", "--max-new-tokens", "12")
+        printed = capsys.readouterr().out
+        tokenizer = Tokenizer.load(directory)
+        model = load_pretrained(directory, "cpu", torch.float32)
+        ids = Generator(model, valid_ids=len(tokenizer)).generate(
+            [tokenizer.encode("年轻人")], temperature=0, max_new_tokens=12
+        )[0]
+        assert printed == tokenizer.decode(ids) + "\n"
+
+    def test_several_prompts_and_samples_each_as_alone(self, directory, capsys):
+        run_cli(directory, "年轻人", "the", "--num-samples", "2", "--max-new-tokens", "5")
+        blocks = re.split(r"\[\d/4\]\n", capsys.readouterr().out)[1:]
+        assert len(blocks) == 4
+        run_cli(directory, "年轻人", "--max-new-tokens", "5")
+        assert blocks[0] == capsys.readouterr().out
+
+    def test_the_seed_decides(self, directory, capsys):
+        texts = []
+        for seed in ("1", "1", "2"):
+            run_cli(directory, "年轻人", "--seed", seed, "--max-new-tokens", "10")
+            texts.append(capsys.readouterr().out)
+        assert texts[0] == texts[1] != texts[2]
+
+    def test_a_stop_string_ends_the_text_before_it(self, directory, capsys):
+        options = ("年轻人", "--greedy", "--max-new-tokens", "30")
+        run_cli(directory, *options)
+        text = capsys.readouterr().out.rstrip("\n")
+        stop = text[4:7]
+        run_cli(directory, *options, "--stop", "never there", "--stop", stop, "--stats")
+        captured = capsys.readouterr()
+        assert captured.out == text[: text.index(stop)] + "\n"
+        assert captured.err.rstrip().endswith("ended: stop")
+
+    def test_max_length_counts_the_prompt(self, directory, capsys):
+        prompt = Tokenizer.load(directory).encode("年轻人")
+        run_cli(directory, "年轻人", "--greedy", "--max-length", str(len(prompt) + 3), "--stats")
+        stats = capsys.readouterr().err
+        assert (
+            f"prefill {float(re.search(r'prefill ([0-9.]+)', stats)[1]):.2f} tokens/s ({len(prompt)} tokens)" in stats
+        )
+        assert "(2 tokens); ended: length" in stats
+
+    def test_a_full_context_is_told(self, directory, capsys):
+        run_cli(directory, "年轻人", "--greedy", "--max-new-tokens", "1000")
+        assert "stopped: the model's context of 64 tokens is full" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ((), "expected at least one prompt, got none"),
+            (("",), "prompt 0: expected at least one token, got none"),
+            (("年轻人" * 100,), "the model's context is 64 tokens and counts the prompt"),
+            (("x", "--max-length", "1"), "max_length is 1 tokens and counts the prompt"),
+            (("x", "--temperature", "-1"), "temperature: expected a number >= 0, got -1.0"),
+            (("x", "--top-p", "0"), "top_p: expected"),
+            (("x", "--top-p", "1.5"), "top_p: expected"),
+            (("x", "--min-p", "2"), "min_p: expected"),
+            (("x", "--top-k", "-1"), "top_k: expected"),
+            (("x", "--repetition-penalty", "0"), "repetition_penalty: expected"),
+            (("x", "--seed", "-1"), "seed: expected"),
+            (("x", "--max-new-tokens", "0"), "max_new_tokens: expected at least 1"),
+            (("x", "--num-samples", "0"), "--num-samples: expected at least 1, got 0"),
+            (("x", "--num-samples", "2", "--greedy"), "--num-samples: expected 1 with greedy"),
+            (("x", "--stop", ""), "--stop: expected text"),
+            (("x", "--device", "tpu9"), "--device: expected"),
+            (("x", "--device", "cuda:99"), "--device: expected"),
+            (("x", "--model", "/nonexistent/directory"), "--model: expected a directory, got /nonexistent/directory"),
+        ],
+    )
+    def test_what_does_not_fit_is_one_line_and_code_2(self, directory, capsys, arguments, message):
+        with pytest.raises(SystemExit) as exit_:
+            run_cli(directory, *arguments)
+        error = capsys.readouterr().err
+        assert exit_.value.code == 2
+        assert message in error
+        assert error.count("\n") == 1
+
+    @pytest.mark.parametrize("arguments", [("x", "--bad-flag"), ("x", "--top-k", "many"), ("x", "--dtype", "int3")])
+    def test_bad_flags_are_code_2(self, directory, capsys, arguments):
+        with pytest.raises(SystemExit) as exit_:
+            run_cli(directory, *arguments)
+        assert exit_.value.code == 2
+        assert "Traceback" not in capsys.readouterr().err
+
+    def test_interruption_keeps_what_is_there(self, directory, capsys, monkeypatch):
+        complete = generator_module.Stream.__next__
+        steps = iter(range(100))
+
+        def interrupted(self):
+            if next(steps) == 4:
+                raise KeyboardInterrupt
+            return complete(self)
+
+        monkeypatch.setattr(generator_module.Stream, "__next__", interrupted)
+        with pytest.raises(SystemExit) as exit_:
+            run_cli(directory, "年轻人", "--greedy", "--stats")
+        assert exit_.value.code == 130
+        captured = capsys.readouterr()
+        assert len(captured.out) > 1
+        assert captured.out.endswith("\n")
+        assert "ended: interrupted" in captured.err
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class TestPrinter:
+    def test_a_terminal_gets_pictures_of_what_it_would_obey(self):
+        terminal, pipe = _Terminal(), io.StringIO()
+        for out in (terminal, pipe):
+            generate._Printer(out, 1).write(0, "a\x1b[2J\x9b\r\x7f\t中\n", True)
+        assert terminal.getvalue() == "a␛[2J\ufffd␍␡\t中\n\n"
+        assert pipe.getvalue() == "a\x1b[2J\x9b\r\x7f\t中\n\n"
+
+    def test_later_samples_wait_for_their_turn(self):
+        out = io.StringIO()
+        printer = generate._Printer(out, 2)
+        printer.write(1, "later", False)
+        printer.write(0, "first", False)
+        assert out.getvalue() == "[1/2]\nfirst"
+        printer.write(0, "", True)
+        assert out.getvalue() == "[1/2]\nfirst\n[2/2]\nlater"
+        printer.write(1, "!", True)
+        assert out.getvalue() == "[1/2]\nfirst\n[2/2]\nlater!\n"
+
+
+ENVIRONMENT = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+
+
+class TestAsAProgram:
+    def test_help_teaches_without_torch(self):
+        code = (
+            "import sys, runpy; sys.argv = ['generate', '--help']\n"
+            "try: runpy.run_module('xiangxin_fast.generate', run_name='__main__')\n"
+            "finally: print('torch' in sys.modules)"
+        )
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
+        assert run.stdout.endswith("False\n")
+        for flag in ("--max-new-tokens", "--max-length", "--top-p", "--repetition-penalty", "--stop", "--stats"):
+            assert flag in run.stdout
+
+    def test_a_reader_that_has_gone_is_no_traceback(self, directory):
+        command = [
+            sys.executable,
+            "-m",
+            "xiangxin_fast.generate",
+            "--model",
+            str(directory),
+            "--device",
+            "cpu",
+            "年轻人",
+        ]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as run:
+            run.stdout.close()
+            error = run.stderr.read().decode()
+            assert run.wait(timeout=120) == 141
+        assert "Traceback" not in error
+        assert "Exception ignored" not in error
