@@ -33,15 +33,14 @@ class Damaged(InputError):
 
 
 def save(directory: Path, tensors: dict[str, Tensor], state: dict) -> Path:
-    """Writes directory/step-<state["step"]>, durably; returns its path. A checkpoint of that name is replaced.
+    """Writes directory/step-<state["step"]>, durably; returns its path. After a crash it is there whole or not at all.
 
-    `tensors` go to safetensors, `state` (JSON values) to state.json. After a crash at any moment the checkpoint is
-    there whole or not at all, but for the moment between two renames when one of the same step is replaced.
+    `tensors` go to safetensors, `state` (JSON values) to state.json. OSError where the disk is full, or one of that
+    step is there: who goes on from an older one sets the newer aside first.
     """
     final = directory / f"step-{state['step']:08d}"
-    partial, old = (final.with_name(f"{final.name}.{suffix}") for suffix in ("partial", "old"))
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    partial = final.with_name(f"{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     with _single_process():
         dcp.save(
@@ -54,11 +53,8 @@ def save(directory: Path, tensors: dict[str, Tensor], state: dict) -> Path:
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     write_json(partial / MANIFEST, {"format": FORMAT, "files": files})
     sync(partial)
-    if final.exists():
-        final.rename(old)
     partial.rename(final)
     sync(directory)
-    shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -131,7 +127,7 @@ def set_aside(path: Path) -> Path:
 
 def prune(directory: Path, keep: int) -> None:
     """Deletes all but the `keep` newest checkpoints, and what an interrupted save left."""
-    for path in (*checkpoints(directory)[keep:], *directory.glob("step-*.partial"), *directory.glob("step-*.old")):
+    for path in (*checkpoints(directory)[keep:], *directory.glob("step-*.partial")):
         shutil.rmtree(path, ignore_errors=True)
 
 
