@@ -1,6 +1,28 @@
-"""`python -m bench.static`: what the compiler makes of every kernel config, and how fast it could be at most. No GPU.
+"""`python -m bench.static`: what the compiler makes of every kernel config, and how fast it could be. Needs no GPU.
 
-Work in progress docstring.
+Columns: registers; shared memory; warps of a block x blocks an SM holds; spills (STL, LDL) in the hot loops and
+elsewhere; instructions of the hot loop (special functions, FP32, integer); matrix FLOPs issued per useful one; share of
+the bytes that move 16 at a time; bytes an SM has under way; bulk copies; cycles of one pass on the tensor cores and on
+the busiest pipe; and for the launch at the Phi shape the roofline's floor, the bound, what to expect, floor / bound.
+
+How far to trust it. The counts are facts, the bound holds as far as the rates in `bench.roofline` do (its sources are
+there). The expected time is a model with one fitted constant, held against what others published (`static_checks.py`
+has a GEMM and causal attention of our own, T = 2048; TFLOP/s):
+
+                                      bound   expected   published for kernels of the same make
+    A100  GEMM 128x256x64, 8 warps      312        244   241-268: Triton 89-99% of cuBLAS (triton #6523), cuBLAS 271
+    A100  attention D 64, 4 warps       294        144   152 (triton #1934)
+    A100  attention D 128, 8 warps      225        142   154 (triton #1934)
+    H100  GEMM, persistent, bulk        962        659   523-730: 92% of cuBLAS (triton #5726), cuBLAS 568-794
+    H100  GEMM, pointers                900        637   432-604: 76% of cuBLAS (triton #5726)
+    H100  attention D 64, 8 warps       822        364   342-363 (FA3 paper's Triton bars)
+    H100  attention D 128, 8 warps      923        462   434 (tritonbench), 323 (FA3 paper's bars)
+
+So: within 10% of the newest figures for attention and for GEMMs with bulk copies; too kind to wgmma behind plain loads.
+It ranks tiles as is known (128x256 over 128x64 over 64x64; bulk copies over pointers; on an A100 four warps of 32 rows
+over eight of 16, as FlashAttention-2 chose; D 128 over D 64), but two candidates within 10% of each other are a tie:
+latency, barriers, L2 hit rates and power are in the constant, so few warps per SM and small tiles look better here than
+they are. A GPU has the last word (`python -m bench.tune`).
 """
 
 import argparse

@@ -35,6 +35,7 @@ from bench.static_cases import OPS, Case
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TIMEOUT_S = 240
 JOBS_PER_WORKER = 40  # LLVM contexts are not given back
+WORKER = ("-m", "bench.static_compile")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +264,7 @@ class _Worker:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         environment |= {"TRITON_CACHE_DIR": self.scratch.name, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         return subprocess.Popen(
-            [sys.executable, "-m", "bench.static_compile"],
+            [sys.executable, *WORKER],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
         )  # fmt: skip
 
