@@ -23,6 +23,11 @@ OPS = (
     "decode_attention",
     "decode_block",
     "decode_head",
+    "project_in",
+    "project_out",
+    "linear_gelu",
+    "linear_gelu_bwd",
+    "linear",
 )
 CHAIN = ("prepare", "demo", "generate-cpu")
 HERE = Path(__file__).resolve().parent
@@ -64,6 +69,7 @@ def _bench_ops(arguments: argparse.Namespace) -> bool:
 
     import torch
 
+    from .case import Unavailable
     from .cases import CASES, SHAPES
     from .gpu import append
     from .measure import environment, measure_ceilings
@@ -95,17 +101,20 @@ def _bench_ops(arguments: argparse.Namespace) -> bool:
 
         for record in common:
             emit(record)
-        run_case(
-            CASES[op],
-            shape,
-            device,
-            dtype,
-            modes=tuple(arguments.mode.split(",")),
-            peers=peers_of(op, arguments.against),
-            seconds=arguments.seconds,
-            ceilings=ceilings,
-            emit=emit,
-        )
+        try:
+            run_case(
+                CASES[op],
+                shape,
+                device,
+                dtype,
+                modes=tuple(arguments.mode.split(",")),
+                peers=peers_of(op, arguments.against),
+                seconds=arguments.seconds,
+                ceilings=ceilings,
+                emit=emit,
+            )
+        except Unavailable as error:
+            emit({"kind": "skip", "op": op, "reason": str(error)})
         plot_op(op, records, path.with_suffix(".png"))
         everything += records[len(common) :]
     print(format_results(everything + common))

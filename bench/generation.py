@@ -10,7 +10,7 @@ from torch import nn
 from xiangxin_fast.generator import Generator
 from xiangxin_fast.model import Phi
 
-from .cases import Unavailable, layer_weights
+from .case import Unavailable, layer_weights
 from .hugging_face import causal_lm
 from .measure import Turn, interleaved
 from .train_step import random_model

@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 
 from . import generation, races, train_step
-from .cases import CASES, MODES, SHAPES, Shape
+from .case import MODES, Shape, Unavailable
+from .cases import CASES, SHAPES
+from .gemm_cases import GEMM_CASES
 from .gpu import RESULTS, append, begun_items, read_records
 from .measure import Ceilings, DeviceLost, assert_alive, environment, gpu_state, measure_ceilings
 from .model_check import check_greedy, check_model
@@ -55,6 +57,8 @@ class Work:
             function(*arguments, **options)
         except DeviceLost:
             raise
+        except Unavailable as error:
+            self.emit({"kind": "skip", "item": name, "reason": str(error)})
         except Exception as error:
             traceback.print_exc()
             self.emit({"kind": "error", "item": name, "reason": reason_of(error)})
@@ -119,6 +123,8 @@ def block(work: Work) -> None:
     for shape in work.shapes((8, 2048)):
         work.bench("parallel_block", "none" if work.dry_run else "transformers", shape, 8)
         work.bench("gelu_mlp", "all", shape, 6)
+        for op in GEMM_CASES:
+            work.bench(op, "all", shape, 2)
         work.bench("layer_norm", "all", shape, 3)
 
 

@@ -11,7 +11,7 @@ from xiangxin_fast.hf_config import write_configs
 from xiangxin_fast.layout import slots_of
 from xiangxin_fast.model import Phi
 
-from .cases import Case, Inputs, Provider, Run, Shape, Unavailable, compiled
+from .case import Case, Inputs, Provider, Run, Shape, Unavailable, compiled
 
 
 def modeling():

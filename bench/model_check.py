@@ -10,7 +10,7 @@ from xiangxin_fast.layout import native_tensors
 from xiangxin_fast.model import Phi
 from xiangxin_fast.reference import PhiReference
 
-from .cases import Unavailable
+from .case import Unavailable
 from .hugging_face import causal_lm
 from .numerics import Comparison, compare, ulp
 from .train_step import random_model

@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from xiangxin_kernels.attention import rotate_half_ref
 from xiangxin_kernels.parallel_block import split_projection
 
-from .cases import Case, Inputs, Provider, Run, Shape, Unavailable, compiled, of_inputs
+from .case import Case, Inputs, Provider, Run, Shape, Unavailable, compiled, of_inputs
+from .gemm_cases import GEMM_PEERS
 from .hugging_face import layer_peer
 
 
@@ -240,7 +241,7 @@ PEERS: dict[str, dict[str, Provider]] = {
     },
     "decode_block": {"torch": of_inputs(_decode_block), TORCH_COMPILE: _compiled_decode_block},
     "decode_head": {"torch": reference, TORCH_COMPILE: compiled_reference},
-}
+} | GEMM_PEERS
 
 
 def peers_of(op: str, against: str) -> dict[str, Provider]:

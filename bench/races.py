@@ -8,7 +8,9 @@ import sys
 
 import torch
 
-from .cases import CASES, SHAPES, Case, Shape, make_inputs, of_inputs
+from .case import Case, Shape, make_inputs, of_inputs
+from .cases import CASES, SHAPES
+from .runner import with_gradients
 
 REPEATS = 250
 
@@ -17,13 +19,8 @@ def _results(case: Case, shape: Shape, device: torch.device, dtype: torch.dtype)
     """A function that runs the op forward and backward once and returns everything it computed."""
     inputs = make_inputs(case, shape, device, dtype)
     run = of_inputs(case.ours)(case, inputs, shape)
-    dout = torch.randn_like(run.forward().detach())
-
-    def once() -> list[torch.Tensor]:
-        out = run.forward()
-        return [out.detach(), *(torch.autograd.grad(out, run.leaves, dout) if run.leaves else ())]
-
-    return once
+    dout = torch.randn_like(run.forward()) if run.leaves else None
+    return lambda: list(with_gradients(run.forward, run.leaves, dout))
 
 
 def repeat(work, case: Case, shape: Shape) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .cases import Case, Inputs, Provider, Run, Shape, Unavailable, implementation, make_inputs, of_inputs
+from .case import Case, Inputs, Provider, Run, Shape, Unavailable, implementation, make_inputs, of_inputs
 from .measure import Ceilings, Turn, as_graph, assert_alive, interleaved, peak_extra_bytes
 from .numerics import Comparison, compare
 
@@ -14,22 +14,28 @@ Record = dict[str, object]
 Emit = Callable[[Record], None]
 
 
-def _with_gradients(forward: Callable[[], Tensor], leaves: tuple[Tensor, ...], dout: Tensor) -> tuple[Tensor, ...]:
+def with_gradients(
+    forward: Callable[[], Tensor], leaves: tuple[Tensor, ...], dout: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The outputs, and the gradients by `leaves`; an op with several outputs has none."""
     out = forward()
-    return (out.detach(), *(torch.autograd.grad(out, leaves, dout.to(out.dtype)) if leaves else ()))
+    if not leaves:
+        return tuple(t.detach() for t in (out if isinstance(out, tuple) else (out,)))
+    return out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))
 
 
 class Judge:
     """Holds the truth about one case on one set of inputs: the output and every gradient in fp64, and plain torch's."""
 
     def __init__(self, case: Case, inputs: Inputs):
-        self.names = ("out", *(f"d{name}" for name in case.leaves))
-        leaves = tuple(inputs[name] for name in case.leaves)
         with torch.no_grad():
-            out = case.reference(**inputs)
+            outputs = with_gradients(lambda: case.reference(**inputs), (), None)
+        outs = ("out",) if len(outputs) == 1 else tuple(f"out{i}" for i in range(len(outputs)))
+        self.names = outs + tuple(f"d{name}" for name in case.leaves)
+        leaves = tuple(inputs[name] for name in case.leaves)
         # Gradients of a loss are scaled by its dout: one that is not 1 shows who forgets it.
-        self.dout = torch.randn_like(out) if out.dim() else torch.full_like(out, 1.5)
-        self.plain = _with_gradients(lambda: case.reference(**inputs), leaves, self.dout)
+        self.dout = torch.randn_like(outputs[0]) if outputs[0].dim() else torch.full_like(outputs[0], 1.5)
+        self.plain = with_gradients(lambda: case.reference(**inputs), leaves, self.dout)
         self.exact = self._exact(case, inputs)
 
     def _exact(self, case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
@@ -44,17 +50,19 @@ class Judge:
             leaves = tuple(part[name].requires_grad_() for name in case.leaves)
             dout = self.dout.double()
             dout = dout[i : i + 1] if case.rows else dout
-            parts.append(_with_gradients(lambda part=part: case.reference(**part), leaves, dout))
+            parts.append(with_gradients(lambda part=part: case.reference(**part), leaves, dout))
+        if not case.rows:
+            return parts[0]
         by_row = [True, *(name in case.rows for name in case.leaves)]
         return tuple(
-            torch.cat(values) if stack and case.rows else sum(values[1:], values[0])
+            torch.cat(values) if stack else sum(values[1:], values[0])
             for stack, values in zip(by_row, zip(*parts, strict=True), strict=True)
         )
 
     def verdict(self, run: Run) -> dict[str, Comparison]:
         """Every output of `run` against the truth; the gradients too where its leaves are the case's own."""
         leaves = run.leaves if run.comparable else ()
-        found = _with_gradients(run.forward, leaves, self.dout)
+        found = with_gradients(run.forward, leaves, self.dout)
         pairs = zip(self.names, found, self.plain, self.exact, strict=False)
         # Some peers round a loss to their inputs' dtype: that is an error to be judged, not a reason not to.
         return {name: compare(actual.to(plain.dtype), plain, exact) for name, actual, plain, exact in pairs}
@@ -89,10 +97,10 @@ def _judged(judge: Judge, run: Run) -> Record:
 
 
 def check(case: Case, shape: Shape, device: torch.device, dtype: torch.dtype, emit: Emit, seed: int = 1) -> bool:
-    """Judges our op alone, on fresh inputs; emits the verdict and returns whether it passed."""
+    """Judges our op alone, on fresh inputs; emits the verdict and returns whether it passed. May raise Unavailable."""
     inputs = make_inputs(case, shape, device, dtype, seed)
     run = of_inputs(case.ours)(case, inputs, shape)
-    record = _about(case, shape, dtype) | {"provider": OURS, "implementation": implementation(run)}
+    record = _about(case, shape, dtype) | {"provider": OURS, "implementation": implementation(case, run)}
     record |= _judged(Judge(case, inputs), run)
     emit(record)
     return record["passed"]
@@ -114,7 +122,7 @@ def run_case(
     """Judges our op and its peers on one set of inputs, then times them in turns, about `seconds` in all.
 
     Emits a record per verdict, skip and timing as soon as it is known, and returns the timings. Our own op has no
-    timing unless it passed; a peer that does not pass keeps its timing, beside its ratio.
+    timing unless it passed; a peer that does not pass keeps its timing, beside its ratio. May raise Unavailable.
     """
     about = _about(case, shape, dtype)
     inputs = make_inputs(case, shape, device, dtype, seed)
@@ -134,7 +142,7 @@ def run_case(
             continue
         notes[name] = {"ratio": verdict["ratio"]}
         if name == OURS:
-            notes[name]["implementation"] = implementation(run)
+            notes[name]["implementation"] = implementation(case, run)
         emit(about | {"provider": name} | notes[name] | verdict)
         if name != OURS or verdict["passed"]:
             runs[name] = run

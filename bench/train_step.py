@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from xiangxin_fast.config import PhiConfig
 from xiangxin_fast.model import Phi
 
-from .cases import Shape, compiled, layer_weights
+from .case import Shape, compiled, layer_weights
 from .hugging_face import causal_lm
 from .measure import datasheet_flops, interleaved
 

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench.__main__ as command_line
 from bench import gpu, gpu_sections, report
-from bench.cases import CASES, SHAPES, TINY, Case, Shape, make_inputs
+from bench.case import Case, Shape, make_inputs
+from bench.cases import CASES, SHAPES, TINY
 from bench.measure import interleaved
 from bench.numerics import compare
 from bench.peers import PEERS, reference
