@@ -109,7 +109,7 @@ def test_whole_demo_then_again_then_interrupted(downloads, tmp_path, monkeypatch
     first = capfd.readouterr().out
     assert "unigram frequencies" in first
     assert "\n却说关公" in first
-    assert (directory / "loss.png").stat().st_size > 1000
+    assert (directory / "run" / "loss.png").stat().st_size > 1000
     assert (directory / "run" / "model" / "model.safetensors").exists()
 
     done = [path for path in directory.glob("*/**/*") if path.is_file() and path.parent.name in KEPT]

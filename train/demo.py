@@ -124,19 +124,19 @@ def run_demo(directory: Path, config: TrainConfig) -> bool:
     outcome = train(config)
     if not outcome.finished:
         return False
-    loss_curves([config.out], directory / "loss.png")
+    loss_curves([config.out], config.out / "loss.png")
     model, tokenizer = load_pretrained(outcome.model, "cpu", torch.float32), Tokenizer.load(outcome.model)
     training, held_out = (TokenDataset(data, split, config.context, config.seed) for split in ("train", "validation"))
     unigram = unigram_loss(training, held_out)
     loss = evaluate(model, held_out, replace(config, validation_samples=len(held_out)))
-    say(f"Trained to step {outcome.step}: model {outcome.model}, loss curve {directory / 'loss.png'}")
+    say(f"Trained to step {outcome.step}: model {outcome.model}, loss curve {config.out / 'loss.png'}")
     print(f"\nHeld-out chapters, {len(held_out) * config.context:,} tokens, in nats per token (perplexity)")
     print(f"  unigram frequencies  {unigram:.3f}  ({math.exp(unigram):,.0f})")
     print(f"  this model           {loss:.3f}  ({math.exp(loss):,.0f}): {unigram - loss:.3f} lower\n")
     generator = Generator(model, valid_ids=len(tokenizer))
     stream_completion(generator, tokenizer, PROMPT)
     stream_completion(generator, tokenizer, held_out_prompt(directory / "text" / "validation.txt"))
-    print(f'More of it: python -m xiangxin_fast.generate --model {outcome.model} "..."')
+    print(f'More of it: {sys.executable} -m xiangxin_fast.generate --model {outcome.model} "..."')
     return True
 
 
