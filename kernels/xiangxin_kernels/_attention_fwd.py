@@ -227,8 +227,10 @@ def _attention_fwd_kernel(
     DOCUMENTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DIAGONAL_N: tl.constexpr,
     HEADS_PER_GROUP: tl.constexpr,
 ):
+    """The tiles on the diagonal hold DIAGONAL_N keys."""
     tiles = tl.cdiv(T, BLOCK_M)
     index, bh = _tile_and_head(tl.program_id(0), tiles, B * H, HEADS_PER_GROUP)
     start_m = (tiles - 1 - index) * BLOCK_M
@@ -284,7 +286,7 @@ def _attention_fwd_kernel(
     )  # fmt: skip
     acc_main, acc_tail, m_i, l_i = _attend(
         acc_main, acc_tail, m_i, l_i, q_main, q_tail, k_ptr, v_ptr, k_stride_t, v_stride_t, full_end, hi,
-        position, doc_start, scale_log2, D_MAIN, D_TAIL, BLOCK_N, True, DOCUMENTS,
+        position, doc_start, scale_log2, D_MAIN, D_TAIL, DIAGONAL_N, True, DOCUMENTS,
     )  # fmt: skip
 
     tl.store(lse_ptr + start_m + offs_m, m_i + tl.log2(l_i), mask=mask_m)

@@ -152,7 +152,7 @@ def _attention_fwd(
         *_strides(q), *_strides(k), *_strides(v), *_strides(out), *_strides(copy),
         0 if bounds is None else bounds.stride(1), B, T, H, q_start, scale * math.log2(math.e),
         R=0 if cos is None else 2 * cos.shape[-1], D_MAIN=main, D_TAIL=tail, DOCUMENTS=bounds is not None,
-        **_tiles(config),
+        DIAGONAL_N=config.diagonal_n or config.block_n, **_tiles(config),
     )  # fmt: skip
 
 
