@@ -4,6 +4,8 @@ A decode step's time is the difference between a long and a short generation ove
 must read is every weight but the embedding and the filled part of the cache.
 """
 
+import functools
+
 import torch
 from torch import nn
 
@@ -50,19 +52,25 @@ def _prefill_flops(work, tokens: int) -> float:
     return 2.0 * tokens * config.layers * layer_weights(config) + scores + 2.0 * config.vocab * config.channels
 
 
-def bench(work) -> None:
-    """Prefill of a long prompt, and decode at 1, 8 and 32 rows."""
-    model = random_model(work.shape.config, work.device, work.dtype).requires_grad_(False)
-    try:
-        hf = causal_lm(model).eval().requires_grad_(False)
+class Pair:
+    """Our model and transformers' on the same weights, made when first asked for; `hf` is None where it is absent."""
+
+    def __init__(self, work):
+        self._work = work
+
+    @functools.cached_property
+    def ours(self) -> Phi:
+        return random_model(self._work.shape.config, self._work.device, self._work.dtype).requires_grad_(False)
+
+    @functools.cached_property
+    def hf(self) -> nn.Module | None:
+        try:
+            hf = causal_lm(self.ours).eval().requires_grad_(False)
+        except Unavailable as error:
+            self._work.emit({"kind": "skip", "provider": "transformers", "reason": str(error)})
+            return None
         hf.generation_config.eos_token_id, hf.generation_config.pad_token_id = None, 0
-    except Unavailable as error:
-        hf = None
-        work.emit({"kind": "skip", "provider": "transformers", "reason": str(error)})
-    prefill, short, long = (9, 1, 3) if work.dry_run else (1920, 1, 65)
-    _bench_prefill(work, model, hf, prefill)
-    for rows in (1, 2) if work.dry_run else (1, 8, 32):
-        _bench_decode(work, model, hf, rows, 5 if work.dry_run else 512, short, long)
+        return hf
 
 
 def _prompts(work, rows: int, tokens: int) -> list[list[int]]:
@@ -78,12 +86,14 @@ def _timed(work, turns: dict[str, Turn], share: float) -> dict:
     return timings
 
 
-def _bench_prefill(work, model: Phi, hf: nn.Module | None, tokens: int) -> None:
+def bench_prefill(work, pair: Pair) -> None:
+    """Seconds to the first token of a long prompt."""
+    tokens = 9 if work.dry_run else 1920
     prompts = _prompts(work, 1, tokens)
-    turns = {"ours": _ours(Generator(model), prompts, 1)}
-    if hf is not None:
-        turns["transformers"] = _transformers(hf, prompts, 1)
-    for name, timing in _timed(work, turns, 0.2).items():
+    turns = {"ours": _ours(Generator(pair.ours), prompts, 1)}
+    if pair.hf is not None:
+        turns["transformers"] = _transformers(pair.hf, prompts, 1)
+    for name, timing in _timed(work, turns, 0.15).items():
         record = {"kind": "generate", "provider": name, "what": f"prefill of {tokens}", "rows": 1}
         record |= {"ms": timing.median, "p20": timing.p20, "p80": timing.p80, "rounds": timing.rounds}
         record["tokens_per_s"] = tokens / timing.median * 1e3
@@ -93,15 +103,17 @@ def _bench_prefill(work, model: Phi, hf: nn.Module | None, tokens: int) -> None:
         work.emit(record)
 
 
-def _bench_decode(work, model: Phi, hf: nn.Module | None, rows: int, prompt: int, short: int, long: int) -> None:
+def bench_decode(work, pair: Pair, rows: int) -> None:
+    """Seconds of a decode step of `rows` sequences."""
+    prompt, short, long = (5, 1, 3) if work.dry_run else (512, 1, 33)
     prompts = _prompts(work, rows, prompt)
-    generator = Generator(model, rows=rows)
+    generator = Generator(pair.ours, rows=rows)
     turns = {}
     for new_tokens in (short, long):
         turns[f"ours {new_tokens}"] = _ours(generator, prompts, new_tokens)
-        if hf is not None:
-            turns[f"transformers {new_tokens}"] = _transformers(hf, prompts, new_tokens)
-    timings = _timed(work, turns, 0.3)
+        if pair.hf is not None:
+            turns[f"transformers {new_tokens}"] = _transformers(pair.hf, prompts, new_tokens)
+    timings = _timed(work, turns, 0.25)
     for name in ("ours", "transformers"):
         brief, full = timings.get(f"{name} {short}"), timings.get(f"{name} {long}")
         if not brief or not full:
@@ -114,6 +126,6 @@ def _bench_decode(work, model: Phi, hf: nn.Module | None, rows: int, prompt: int
         if per_step > 0:
             record["tokens_per_s"] = rows / per_step * 1e3
             if work.ceilings:
-                moved = _bytes_per_step(model, rows, prompt + (short + long) / 2) / per_step * 1e3
+                moved = _bytes_per_step(pair.ours, rows, prompt + (short + long) / 2) / per_step * 1e3
                 record["percent"] = 100 * moved / work.ceilings.copy_bytes_per_s
         work.emit(record)

@@ -44,16 +44,18 @@ class Section:
 
 
 SECTIONS = (
-    Section("device", 2, "the device, copy bandwidth, matrix rate"),
-    Section("correctness", 8, "every op in bf16 against fp64, the model, greedy tokens", interpreted=True),
-    Section("attention", 8, "attention beside SDPA, FlexAttention, flash-attn, xformers"),
-    Section("block", 10, "LayerNorm, GEMMs, MLP and the whole layer beside cuBLAS, torch.compile, transformers"),
+    Section("device", 5, "the device, copy bandwidth, matrix rate"),
+    Section("correctness", 12, "every op in bf16 against fp64, the model, greedy tokens", interpreted=True),
+    Section("attention", 9, "attention beside SDPA, FlexAttention, flash-attn, xformers"),
+    Section("block", 10, "the whole layer, MLP and LayerNorm beside transformers, cuBLAS, torch.compile"),
+    Section("gemm", 7, "products with epilogues, both ways, beside cuBLAS with torch.compile"),
     Section("cross_entropy", 7, "plain and fused with the head, beside torch, Liger, CCE"),
     Section("train", 9, "training steps of the full model: tokens/s, MFU, memory"),
-    Section("train_peer", 8, "the same with transformers, SDPA and torch.compile"),
+    Section("train_peer", 9, "the same with transformers, SDPA and torch.compile"),
     Section("generate", 9, "prefill and decode beside transformers on the same weights"),
+    Section("decode", 5, "the ops of a decode step at 1, 8 and 32 rows"),
     Section("races", 4, "250 runs of every op, bit for bit"),
-    Section("sanitizer", 6, "compute-sanitizer on small shapes"),
+    Section("sanitizer", 5, "compute-sanitizer on small shapes"),
 )
 
 

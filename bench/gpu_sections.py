@@ -105,12 +105,15 @@ def device(work: Work) -> None:
 
 
 def correctness(work: Work) -> None:
+    # An odd length meets the masks of every tile; the long one, last since it costs most, the order of long sums.
+    odd, *long = work.shapes((2, 509), (1, 2048))
     for op, case in CASES.items():
-        # An odd length meets the masks of every tile; the long one the order of its sums.
-        for shape in work.shapes((2, 509), (1, 2048)):
-            work.item(f"{op} {shape}", check, case, shape, work.device, work.dtype, work.emit)
+        work.item(f"{op} {odd}", check, case, odd, work.device, work.dtype, work.emit)
     work.item("model", check_model, work)
     work.item("greedy tokens", check_greedy, work)
+    for shape in long:
+        for op, case in CASES.items():
+            work.item(f"{op} {shape}", check, case, shape, work.device, work.dtype, work.emit)
 
 
 def attention(work: Work) -> None:
@@ -121,11 +124,15 @@ def attention(work: Work) -> None:
 
 def block(work: Work) -> None:
     for shape in work.shapes((8, 2048)):
-        work.bench("parallel_block", "none" if work.dry_run else "transformers", shape, 8)
-        work.bench("gelu_mlp", "all", shape, 6)
+        work.bench("parallel_block", "transformers", shape, 8)
+        work.bench("gelu_mlp", "all", shape, 5)
+        work.bench("layer_norm", "all", shape, 2)
+
+
+def gemm(work: Work) -> None:
+    for shape in work.shapes((8, 2048)):
         for op in GEMM_CASES:
-            work.bench(op, "all", shape, 2)
-        work.bench("layer_norm", "all", shape, 3)
+            work.bench(op, "all", shape, 2, modes=("fwd",))
 
 
 def cross_entropy(work: Work) -> None:
@@ -144,7 +151,13 @@ def train_peer(work: Work) -> None:
 
 
 def generate(work: Work) -> None:
-    work.item("prefill and decode", generation.bench, work)
+    pair = generation.Pair(work)
+    work.item("prefill", generation.bench_prefill, work, pair)
+    for rows in (1, 2) if work.dry_run else (1, 8, 32):
+        work.item(f"decode, {rows} rows", generation.bench_decode, work, pair, rows)
+
+
+def decode(work: Work) -> None:
     for shape in work.shapes((1, 2048), (8, 2048), (32, 2048)):
         for op in ("decode_attention", "decode_block", "decode_head"):
             work.bench(op, "all", shape, 1)
@@ -166,10 +179,12 @@ SECTIONS = {
     "correctness": correctness,
     "attention": attention,
     "block": block,
+    "gemm": gemm,
     "cross_entropy": cross_entropy,
     "train": train,
     "train_peer": train_peer,
     "generate": generate,
+    "decode": decode,
     "races": races_section,
     "sanitizer": sanitizer,
 }

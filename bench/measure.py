@@ -23,7 +23,7 @@ Start = Callable[[], None]
 Turn = Callable[[Start], object]  # does its preparations, calls start(), then does what is timed
 
 _FLUSH_BYTES = {"cuda": 512 << 20, "cpu": 64 << 20}
-_ROUNDS = (5, 200)
+_ROUNDS = (3, 200)
 
 
 @dataclass(frozen=True)

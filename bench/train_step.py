@@ -7,6 +7,7 @@ with the causal half. MFU divides by the device's datasheet rate; beside it stan
 
 import gc
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from xiangxin_fast.model import Phi
 from .case import Shape, compiled, layer_weights
 from .hugging_face import causal_lm
 from .measure import datasheet_flops, interleaved
+
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 MICRO_BATCHES = (16, 8, 4, 2, 1)
 NUMBERS_PER_GROUP = 1 << 28  # of the gradients that are fp32 at one time
@@ -84,16 +87,9 @@ class _HuggingFaceLoss(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         return self.head(self.hf.model(tokens, use_cache=False).last_hidden_state, targets)
 
-
-def _loss_of_ours(work):
-    model = random_model(work.shape.config, work.device, work.dtype)
-    return model, model.loss
-
-
-def _loss_of_transformers(work):
-    hf = causal_lm(random_model(work.shape.config, work.device, work.dtype)).train()
-    model = _HuggingFaceLoss(hf, work.shape)
-    return model, model
+    def eager(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        with torch.compiler.set_stance("force_eager"):
+            return self(tokens, targets)
 
 
 def _free(work) -> None:
@@ -102,26 +98,36 @@ def _free(work) -> None:
         torch.cuda.empty_cache()
 
 
-def _bench(work, provider: str, build) -> None:
-    """Steps at the largest micro-batch that fits. No figure where the loss of a repeated batch does not fall."""
-    config, T = work.shape.config, work.shape.T
-    model, loss = build(work)
-    optimizer = MasterAdamW(model)
+def _batch(work, B: int) -> tuple[Tensor, Tensor]:
+    """Random tokens [B, T] and their targets."""
     generator = torch.Generator(work.device).manual_seed(1)
-    for B in MICRO_BATCHES[-2:] if work.dry_run else MICRO_BATCHES:
-        tokens = torch.randint(config.vocab, (B, T + 1), device=work.device, generator=generator)
-        batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        _free(work)
-        try:
-            record = _steps(work, loss, optimizer, batch)
-        except torch.OutOfMemoryError as error:
-            reason = str(error)
-        else:
-            work.emit(record | {"kind": "train", "provider": provider, "micro_batch": B, "T": T})
-            return
-        for p in model.parameters():
-            p.grad = None
-        work.emit({"kind": "skip", "item": f"{provider}, micro-batch {B}", "reason": reason[:200]})
+    shape = (B, work.shape.T + 1)
+    tokens = torch.randint(work.shape.config.vocab, shape, device=work.device, generator=generator)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def _fits(work, trial: Loss, optimizer: MasterAdamW, B: int) -> bool:
+    """Whether forward and backward of B sequences find memory beside the optimizer's state. Leaves no gradients."""
+    try:
+        trial(*_batch(work, B)).backward()
+        fits = True
+    except torch.OutOfMemoryError:
+        fits = False
+    for p in optimizer.parameters:
+        p.grad = None
+    _free(work)
+    return fits
+
+
+def _bench(work, provider: str, model: nn.Module, loss: Loss, trial: Loss) -> None:
+    """Steps at the largest micro-batch that `trial`, the loss without compilation, finds memory for."""
+    optimizer = MasterAdamW(model)
+    tries = MICRO_BATCHES[-2:] if work.dry_run else MICRO_BATCHES
+    trial(*_batch(work, tries[-1])).backward()
+    optimizer.step()  # with the first step come AdamW's moments
+    B = next(B for B in tries if _fits(work, trial, optimizer, B))
+    record = _steps(work, loss, optimizer, _batch(work, B))
+    work.emit(record | {"kind": "train", "provider": provider, "micro_batch": B, "T": work.shape.T})
 
 
 def _steps(work, loss, optimizer: MasterAdamW, batch: tuple[Tensor, Tensor]) -> dict:
@@ -145,12 +151,9 @@ def _steps(work, loss, optimizer: MasterAdamW, batch: tuple[Tensor, Tensor]) -> 
     if work.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = 0.0 if work.dry_run else max(work.left / 2, 1.0)
-    step(lambda: None)  # the largest memory first: what does not fit fails here
     turns = {"step": step, "forward_backward": forward_backward}
     timings, failed = interleaved(turns, work.device, seconds, flush=False)
     if failed:
-        if any("OutOfMemory" in reason for reason in failed.values()):
-            raise torch.OutOfMemoryError(str(failed))
         raise RuntimeError(f"training step: {failed}")
     first, last = float(losses[0]), float(losses[-1])
     if not (math.isfinite(last) and last < first):
@@ -183,8 +186,11 @@ def _steps(work, loss, optimizer: MasterAdamW, batch: tuple[Tensor, Tensor]) -> 
 
 
 def bench_ours(work) -> None:
-    _bench(work, "ours", _loss_of_ours)
+    model = random_model(work.shape.config, work.device, work.dtype)
+    _bench(work, "ours", model, model.loss, model.loss)
 
 
 def bench_transformers(work) -> None:
-    _bench(work, "transformers + SDPA + torch.compile", _loss_of_transformers)
+    hf = causal_lm(random_model(work.shape.config, work.device, work.dtype)).train()
+    model = _HuggingFaceLoss(hf, work.shape)
+    _bench(work, "transformers + SDPA + torch.compile", model, model, model.eager)

@@ -16,7 +16,7 @@ import bench.__main__ as command_line
 from bench import gpu, gpu_sections, report
 from bench.case import Case, Shape, make_inputs
 from bench.cases import CASES, SHAPES, TINY
-from bench.measure import interleaved
+from bench.measure import DeviceLost, interleaved
 from bench.numerics import compare
 from bench.peers import PEERS, reference
 from bench.races import parse_sanitizer
@@ -229,8 +229,8 @@ def found_by(out: Path, sections: list[str]) -> None:
     ours = [r for r in records if r["kind"] == "check" and r["provider"] == "ours"]
     assert all(r["passed"] for r in ours), ours
     brings = {
-        "environment": "device", "ceilings": "device", "check": "correctness attention block cross_entropy generate",
-        "time": "attention block cross_entropy generate", "train": "train train_peer", "generate": "generate",
+        "environment": "device", "ceilings": "device", "check": "correctness attention block cross_entropy decode",
+        "time": "attention block cross_entropy decode", "train": "train train_peer", "generate": "generate",
         "race": "races",
     }  # fmt: skip
     for kind, names in brings.items():
@@ -259,6 +259,29 @@ def dry_run(directory: Path, *options: str) -> Path:
 def test_the_command_runs_where_tyro_and_pytest_are_absent(tmp_path):
     out = dry_run(tmp_path, "--only", "races", "--commit", "abc123")
     assert [r["commit"] for r in records_of(out, "environment")] == ["abc123"]
+
+
+def test_items_are_announced_run_once_and_cost_only_themselves(tmp_path):
+    def lost():
+        raise DeviceLost("an illegal memory access")
+
+    def fails():
+        raise ValueError("two\nlines")
+
+    ran = []
+    work = gpu_sections.Work("device", tmp_path, 600, dry_run=True)
+    work.item("fails", fails)
+    work.item("works", ran.append, 1)
+    with pytest.raises(DeviceLost):
+        work.item("lost", lost)
+    again = gpu_sections.Work("device", tmp_path, 600, dry_run=True)
+    for name in ("fails", "works", "lost", "new"):
+        again.item(name, ran.append, 2)
+    assert ran == [1, 2]
+    assert [r["reason"] for r in records_of(tmp_path, "error")] == ["ValueError: two lines"]
+    gpu_sections.Work("device", tmp_path, 0, dry_run=True).item("late", ran.append, 3)
+    assert [r["item"] for r in records_of(tmp_path, "skip")] == ["late"]
+    assert ran == [1, 2]
 
 
 @pytest.mark.slow
