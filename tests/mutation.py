@@ -38,6 +38,12 @@ def _layer_norm(name: str, old: str, new: str) -> Mutation:
     return Mutation(f"layer_norm: {name}", "layer_norm.py", old, new, "tests/kernels/test_layer_norm.py")
 
 
+def _attention(name: str, file: str, old: str, new: str, only: str = "other_head_dims") -> Mutation:
+    """`file` is "fwd" or "bwd"; `only` names the quickest tests that can notice, as pytest's -k does."""
+    tests = f"tests/kernels/test_attention.py tests/kernels/test_attention_contract.py -k {only}"
+    return Mutation(f"attention: {name}", f"_attention_{file}.py", old, new, tests)
+
+
 MUTATIONS = [
     _layer_norm("mask one too wide", "mask_c = offs_c < C\n    x =", "mask_c = offs_c <= C\n    x ="),
     _layer_norm("gradient mask one too wide", "mask_c = offs_c < C\n    weight", "mask_c = offs_c <= C\n    weight"),
@@ -56,6 +62,72 @@ MUTATIONS = [
     _layer_norm("last row of a program alone", "dbias += dout", "dbias = dout"),
     _layer_norm("dweight and dbias swapped", "dweight, dbias = partial", "dbias, dweight = partial"),
     _layer_norm("strided weight read in place", "fwd(rows, weight.contiguous()", "fwd(rows, weight"),
+    _attention("a query does not see its own key", "fwd", "key <= position[:, None]", "key < position[:, None]"),
+    _attention("a query sees the next key", "fwd", "key <= position[:, None]", "key <= position[:, None] + 1"),
+    _attention(
+        "the document before is seen", "fwd", "key >= doc_start[:, None]", "key + 1 >= doc_start[:, None]", "packed"
+    ),
+    _attention(
+        "documents are masked, not skipped",
+        "fwd",
+        "lo = tl.load(doc_start_ptr + start_m) // BLOCK_N * BLOCK_N",
+        "lo = full_end * 0",
+        "never_visited",
+    ),
+    _attention(
+        "a tile of the diagonal goes unmasked",
+        "fwd",
+        "(q_start + start_m + 1) // BLOCK_N",
+        "(q_start + start_m + BLOCK_N) // BLOCK_N",
+    ),
+    _attention("sum not rescaled", "fwd", "l_i = l_i * alpha + tl.sum(p, 1)", "l_i = l_i + tl.sum(p, 1)"),
+    _attention(
+        "rows without a key in a tile", "fwd", 'tl.where(m_new == float("-inf"), 0.0, m_new)', "m_new", "packed"
+    ),
+    _attention("rotation the wrong way", "fwd", "-SIGN, SIGN)", "SIGN, -SIGN)"),
+    _attention(
+        "rotation of the columns beyond R",
+        "fwd",
+        "tl.where(rotary[None, :], x * cos + partner * sin, x)",
+        "x * cos + partner",
+    ),
+    _attention("partners within one part alone", "fwd", "tl.where(column < D_MAIN, from_main, from_tail)", "from_main"),
+    _attention(
+        "offsets of a tile in 32 bits",
+        "fwd",
+        "tl.cast(first, tl.int64) * stride_t + offs_t[:, None] * stride_t + offs_d[None, :]\n    if",
+        "first * stride_t + offs_t[:, None] * stride_t + offs_d[None, :]\n    if",
+        "offsets_pass",
+    ),
+    _attention(
+        "tail missing from delta",
+        "bwd",
+        "out.to(tl.float32) * dout_tail.to(tl.float32)",
+        "0.0 * dout_tail.to(tl.float32)",
+        "numerics_rule",
+    ),
+    _attention("dq not scaled", "bwd", "dq_main *= scale", "dq_main *= 1.0"),
+    _attention(
+        "dk rotated twice",
+        "bwd",
+        "_rotate(dk_main, dk_tail, position, mask_n, cos_ptr, sin_ptr, -1",
+        "_rotate(dk_main, dk_tail, position, mask_n, cos_ptr, sin_ptr, 1",
+    ),
+    _attention(
+        "a key's own query left out",
+        "bwd",
+        "(query[None, :] >= position[:, None])",
+        "(query[None, :] > position[:, None])",
+    ),
+    _attention(
+        "queries of the next document",
+        "bwd",
+        "(query[None, :] < query_end[:, None])",
+        "(query[None, :] <= query_end[:, None])",
+        "packed",
+    ),
+    _attention("the last, partial tile of queries left out", "bwd", "if DOCUMENTS or not EVEN_T:", "if DOCUMENTS:"),
+    _attention("fp32 sums not used", "bwd", "* scale_log2 - lse_low[None, :]", "* scale_log2", "numerics_rule"),
 ]
 
 
