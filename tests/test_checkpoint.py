@@ -21,7 +21,7 @@ from xiangxin_fast.config import PhiConfig
 from xiangxin_fast.errors import InputError
 from xiangxin_fast.hf_config import read_config, rotary_factor, write_configs
 from xiangxin_fast.layout import slots_of
-from xiangxin_fast.model import Phi, default_dtype
+from xiangxin_fast.model import DEFAULT_DTYPE, Phi
 from xiangxin_fast.safetensors_file import write_safetensors
 from xiangxin_fast.tokenizer import Tokenizer
 
@@ -136,7 +136,7 @@ def test_we_read_what_transformers_writes(tmp_path, config, max_shard_size):
     hf = oracle(config)
     hf.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     assert (tmp_path / "model.safetensors.index.json").exists() == (max_shard_size == "200KB")
-    model = load_pretrained(tmp_path, "cpu")
+    model = load_pretrained(tmp_path, "cpu", torch.float32)
     assert same_weights(model, fuse(config, hf.state_dict()))
     tokens = tokens_of(config)
     torch.testing.assert_close(model(tokens), hf(tokens).logits, rtol=1e-5, atol=1e-5)
@@ -152,12 +152,12 @@ def write_dir(directory: Path, config: dict, tensors: dict[str, torch.Tensor]) -
 def test_the_older_layouts_hold_the_same_model(saved, tmp_path):
     state = load_file(saved / "model.safetensors")
     native = json.loads((saved / "config.json").read_text())
-    model = load_pretrained(saved, "cpu")
+    model = load_pretrained(saved, "cpu", torch.float32)
     for name, config, tensors in (
         ("fused", native, rename_to_fused(state, CONFIG.heads)),
         ("remote", REMOTE_CONFIG, rename_to_remote(state)),
     ):
-        again = load_pretrained(write_dir(tmp_path / name, config, tensors), "cpu")
+        again = load_pretrained(write_dir(tmp_path / name, config, tensors), "cpu", torch.float32)
         assert same_weights(again, model), name
         assert again.config == dataclasses.replace(model.config, eos_id=again.config.eos_id), name
 
@@ -168,7 +168,7 @@ def test_the_dtype_asked_for_counts_and_not_the_files(saved, tmp_path, stored):
     directory = write_dir(tmp_path / "stored", json.loads((saved / "config.json").read_text()), state)
     for dtype in (None, torch.float32, torch.bfloat16, torch.float64):
         model = load_pretrained(directory, "cpu", dtype)
-        expected = dtype or default_dtype(torch.device("cpu"))
+        expected = dtype or DEFAULT_DTYPE
         assert same_weights(model, fuse(CONFIG, {name: tensor.to(expected) for name, tensor in state.items()}))
     with pytest.raises(InputError, match="got fp16"):
         load_pretrained(directory, "cpu", torch.float16)
@@ -182,10 +182,10 @@ def test_a_snapshot_of_the_hugging_face_cache_loads(saved, tmp_path):
     for number, path in enumerate(sorted(saved.iterdir())):
         shutil.move(path, blobs / f"{number:064x}")
         (snapshot / path.name).symlink_to(f"../../blobs/{number:064x}")
-    model = load_pretrained(snapshot, "cpu")
+    model = load_pretrained(snapshot, "cpu", torch.float32)
     assert same_weights(model, random_model(CONFIG))
     (tmp_path / "elsewhere").symlink_to(snapshot)
-    assert same_weights(load_pretrained(tmp_path / "elsewhere", "cpu"), model)
+    assert same_weights(load_pretrained(tmp_path / "elsewhere", "cpu", torch.float32), model)
 
 
 def test_code_in_a_directory_is_never_run(saved, tmp_path):
@@ -198,12 +198,12 @@ def test_code_in_a_directory_is_never_run(saved, tmp_path):
     trap = f"open({str(tmp_path / 'trapped')!r}, 'w').close()"
     for name in ("configuration_phi.py", "modeling_phi.py", "__init__.py", "sitecustomize.py"):
         (saved / name).write_text(trap)
-    load_pretrained(saved, "cpu")
+    load_pretrained(saved, "cpu", torch.float32)
     assert not (tmp_path / "trapped").exists()
 
 
 def test_nothing_of_a_file_stays_open_or_mapped(saved):
-    model = load_pretrained(saved, "cpu")
+    model = load_pretrained(saved, "cpu", torch.float32)
     opened = [os.path.realpath(f"/proc/self/fd/{handle}") for handle in os.listdir("/proc/self/fd")]
     assert not [path for path in opened if str(saved) in path]
     assert str(saved) not in Path("/proc/self/maps").read_text()
@@ -271,7 +271,7 @@ def test_saving_again_leaves_nothing_of_the_old_model(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {
         "README.md", "config.json", "generation_config.json", "model.safetensors",
     }  # fmt: skip
-    assert same_weights(load_pretrained(tmp_path, "cpu"), random_model(TIED))
+    assert same_weights(load_pretrained(tmp_path, "cpu", torch.float32), random_model(TIED))
 
 
 @pytest.mark.parametrize("fault", ["disk full", "interrupt", "NaN"])
@@ -301,7 +301,7 @@ def test_a_save_that_fails_leaves_the_old_model_whole(tmp_path, monkeypatch, fau
     with pytest.raises(error, match=message):
         save_pretrained(new, tmp_path, shard_bytes=50_000)
     assert {path.name for path in tmp_path.iterdir()} == before
-    assert same_weights(load_pretrained(tmp_path, "cpu"), old)
+    assert same_weights(load_pretrained(tmp_path, "cpu", torch.float32), old)
 
 
 def test_a_save_cut_off_while_files_change_places_is_no_model(tmp_path, monkeypatch):
@@ -314,7 +314,7 @@ def test_a_save_cut_off_while_files_change_places_is_no_model(tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         save_pretrained(random_model(TIED), tmp_path)
     with pytest.raises(InputError, match=r"expected a file config.json, got none"):
-        load_pretrained(tmp_path, "cpu")
+        load_pretrained(tmp_path, "cpu", torch.float32)
 
 
 LOAD_AND_REPORT = """

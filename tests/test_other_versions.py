@@ -128,7 +128,7 @@ def test_we_read_what_older_transformers_wrote(tmp_path, version):
     assert any("query_key_value" in name for name in names) == (version == "4.36.2")
     expected = load_file(tmp_path / "expected.safetensors")
     with torch.no_grad():
-        logits = load_pretrained(tmp_path / "model", "cpu")(expected["tokens"])
+        logits = load_pretrained(tmp_path / "model", "cpu", torch.float32)(expected["tokens"])
     torch.testing.assert_close(logits, expected["logits"], rtol=1e-5, atol=1e-5)
 
 

@@ -21,7 +21,7 @@ from .config import PhiConfig
 from .errors import InputError
 from .hf_config import read_config, write_configs
 from .layout import FUSED, NATIVE, REMOTE, Slot, slots_of
-from .model import Phi, default_dtype, refuse_fp16
+from .model import DEFAULT_DTYPE, Phi, refuse_fp16
 from .safetensors_file import DTYPE_NAMES, SafetensorsFile, write_safetensors
 from .strict_files import MIB, file_of, read_json, sync, write_json
 
@@ -41,13 +41,13 @@ def load_pretrained(
 ) -> Phi:
     """The model of a directory in Hugging Face's layout.
 
-    `device` None means the GPU where there is one; `dtype` None means `default_dtype(device)`, whatever the file holds.
+    `device` None means the GPU where there is one; `dtype` None means bf16, whatever the file holds.
     Memory: the model plus its largest tensor. InputError where the directory does not fit; with `check_finite` also
     where a weight is NaN or infinite, in `dtype`.
     """
     directory = Path(directory)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or default_dtype(device)
+    dtype = dtype or DEFAULT_DTYPE
     refuse_fp16(dtype)
     if not directory.is_dir():
         got = "a file" if directory.exists() else "nothing"

@@ -8,10 +8,8 @@ from .config import PhiConfig
 from .errors import InputError
 from .kv_cache import KVCache
 
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """What `dtype=None` means: bf16 on a GPU; on a CPU fp32."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+# What `dtype=None` means. On a CPU too: decoding reads half of fp32's bytes and was measured faster, prefill is on par.
+DEFAULT_DTYPE = torch.bfloat16
 
 
 def refuse_fp16(dtype: torch.dtype) -> None:
