@@ -100,7 +100,9 @@ class TrainConfig:
 
 # xiangxin-3b: 143,000 steps of 512 x 2048 tokens are 150e9 tokens. Rates of 1.6e-4 (GPT-3 2.7B) to 3e-4 are usual at
 # this size and a batch of a million tokens; betas, decay and clip are GPT-3's (arXiv:2005.14165, appendix B).
-# demo: two cores see half a million tokens in its minutes: a small batch for many steps, a high rate, a low floor.
+# demo: two cores see half a million tokens in its minutes: a small batch for many steps, a high rate, a low floor, and
+# a longer memory in beta2 against the noise of 512 tokens. The model is wide and shallow: at a sixth of the size, two
+# layers ended 0.26 nats below four after equal time, and beta2 0.99 ended 0.09 below 0.95 after equal tokens.
 PRESETS: dict[str, dict] = {
     "xiangxin-3b": {},
     "demo": {
@@ -112,6 +114,7 @@ PRESETS: dict[str, dict] = {
         "lr": 1.5e-3,
         "lr_floor": 0.02,
         "warmup": 0.05,
+        "beta2": 0.99,
         "validate_every": 200,
         "validation_samples": 32,
         "save_every": 300,

@@ -62,6 +62,6 @@ PRESETS = {
         vocab=51200, channels=2048, layers=24, heads=32, rotary_dim=32, mlp_hidden=8192, bos_id=50256, eos_id=50256
     ),
     "demo": PhiConfig(
-        vocab=4096, channels=320, layers=6, heads=4, rotary_dim=32, mlp_hidden=1280, context=256, bos_id=0, eos_id=0
+        vocab=4096, channels=480, layers=2, heads=6, rotary_dim=32, mlp_hidden=1920, context=256, bos_id=0, eos_id=0
     ),
 }
