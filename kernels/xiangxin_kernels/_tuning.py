@@ -80,6 +80,15 @@ _ATTENTION = {
     ("bwd_dq", 90): AttentionConfig(block_m=128, block_n=128, num_warps=8, num_stages=2),
     ("bwd_dkv", 90): AttentionConfig(block_m=64, block_n=128, num_warps=8, num_stages=2),
 }
+# static: D of 96 and 128, where four warps would spill
+_ATTENTION_WIDE_HEAD = {
+    ("fwd", 80): AttentionConfig(block_m=128, block_n=64, num_warps=8, num_stages=2, diagonal_n=32),
+    ("bwd_dq", 80): AttentionConfig(block_m=128, block_n=32, num_warps=8, num_stages=2),
+    ("bwd_dkv", 80): AttentionConfig(block_m=32, block_n=128, num_warps=8, num_stages=2),
+    ("fwd", 90): AttentionConfig(block_m=128, block_n=128, num_warps=8, num_stages=2),
+    ("bwd_dq", 90): AttentionConfig(block_m=128, block_n=64, num_warps=8, num_stages=2),
+    ("bwd_dkv", 90): AttentionConfig(block_m=64, block_n=128, num_warps=8, num_stages=2),
+}
 # fp32 products run on the FMA pipes, where small tiles keep the accumulators in registers.
 _ATTENTION_FP32 = AttentionConfig(block_m=32, block_n=32, num_warps=4, num_stages=2)
 
@@ -88,7 +97,7 @@ def choose_attention(kernel: str, D: int, dtype: torch.dtype, arch: int) -> Atte
     """`kernel` is "fwd", "bwd_dq" or "bwd_dkv"."""
     if dtype == torch.float32:
         return _ATTENTION_FP32
-    return _ATTENTION[kernel, arch]
+    return (_ATTENTION if D <= 80 else _ATTENTION_WIDE_HEAD)[kernel, arch]
 
 
 @dataclass(frozen=True)
