@@ -57,9 +57,8 @@ def kernel_op(*, mutates: tuple[str, ...]) -> Callable:
 
         def run(*arguments) -> None:
             launch(*arguments)
-            for i in written:
-                if arguments[i] is not None and not arguments[i].is_inference():
-                    torch.autograd.graph.increment_version(arguments[i])
+            outputs = [arguments[i] for i in written if arguments[i] is not None and not arguments[i].is_inference()]
+            torch.autograd.graph.increment_version(outputs)
 
         _library.define(name + torch.library.infer_schema(launch, mutates_args=mutates))
         for key in ("CPU", "CUDA"):
