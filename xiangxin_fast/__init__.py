@@ -1,4 +1,4 @@
-"""Phi-2's architecture, done fast: the model, its checkpoints and its generator. Names load on first use: torch is slow."""
+"""Phi-2's architecture, done fast: model, checkpoints and generator. Names load on first use: torch is slow to."""
 
 import importlib
 

@@ -10,7 +10,7 @@ class InputError(ValueError):
 
 
 def exits_cleanly(main: Callable) -> Callable:
-    """Wraps an entry point: an InputError becomes one line on stderr and exit code 2; anything else is a bug and shows."""
+    """Wraps an entry point: an InputError becomes one line on stderr and exit code 2; anything else is a bug."""
 
     @functools.wraps(main)
     def run(*arguments, **options):
