@@ -3,20 +3,28 @@
 To add an op: (1) write `def <op>(s: Shape) -> list[Case]`, a case per config in `_tuning.py`; (2) `tensors(new)` makes
 what its launcher takes (`new(rows, columns)`, in the dtype under test unless told), `launch` calls the launcher's op;
 (3) `work` names the kernels that config is for, with useful FLOPs, bytes moved at least, and how often the hot loop of
-each runs, summed over the grid; (4) list `candidates` for the sweep; (5) enter the function in OPS below.
+each runs, summed over the grid; (4) list `candidates` for the sweep, and in `judge` who proves them right, unless it is
+the case of bench.cases called like the op; (5) enter the function in OPS below.
 The launch itself (arguments, grid, warps) is taken from the launcher, so that what is bounded is what will run.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from xiangxin_kernels._tuning import AttentionConfig
+from xiangxin_kernels._tuning import (
+    ARCHS,
+    AttentionConfig,
+    CrossEntropyConfig,
+    GemmConfig,
+    LayerNormConfig,
+    choose_layer_norm,
+)
 
 from bench import static_checks
 from bench.cases import Shape
@@ -50,6 +58,8 @@ class Case:
     launch: Callable[[dict[str, Tensor]], None]
     work: Mapping[str, Work]
     candidates: Mapping[int, tuple] = field(default_factory=dict)
+    judge: str = ""  # the case of bench.cases that proves a candidate right; default: the op of that name
+    replaced: Mapping[str, Callable] = field(default_factory=dict)  # other names of `module`, while the case runs
 
 
 def _kernels(name: str) -> ModuleType:
@@ -65,11 +75,17 @@ def layer_norm(s: Shape) -> list[Case]:
     )  # fmt: skip
 
     def tensors(new: Callable[..., Tensor]) -> dict[str, Tensor]:
+        weight = new(C)
+        programs = module.choose_layer_norm(C, weight.dtype, module.arch_of(weight.device)).bwd_programs
         return (
             {name: new(N, C) for name in rows}
             | {name: new(N, dtype=torch.float32) for name in statistics}
-            | {"weight": new(C), "bias": new(C), "partial": new(2, 528, C, dtype=torch.float32)}
+            | {"weight": weight, "bias": new(C), "partial": new(2, programs, C, dtype=torch.float32)}
         )
+
+    def candidates(part: str, arch: int) -> tuple[LayerNormConfig, ...]:
+        chosen = choose_layer_norm(C, torch.bfloat16, arch)
+        return tuple(replace(chosen, **{f"{part}_warps": warps}) for warps in (1, 2, 4, 8))
 
     def case(part: str, launch: Callable[[dict[str, Tensor]], None], work: Work) -> Case:
         return Case(
@@ -79,6 +95,7 @@ def layer_norm(s: Shape) -> list[Case]:
             tensors=tensors,
             launch=launch,
             work={f"_layer_norm_{part}_kernel": work},
+            candidates={arch: candidates(part, arch) for arch in ARCHS},
         )
 
     return [
@@ -91,13 +108,14 @@ def layer_norm(s: Shape) -> list[Case]:
     ]
 
 
-def _attention_candidates(rows: dict[int, list[tuple[int, int, int, int]]]) -> dict[int, tuple[AttentionConfig, ...]]:
+def _attention_candidates(rows: dict[int, list[tuple[int, ...]]]) -> dict[int, tuple[AttentionConfig, ...]]:
     return {arch: tuple(AttentionConfig(*row) for row in configs) for arch, configs in rows.items()}
 
 
 ATTENTION_CANDIDATES = {
     "fwd": _attention_candidates({
-        80: [(128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3),
+        80: [(128, 64, 4, 3, 8, 32), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 2),
+             (64, 64, 4, 3),
              (64, 128, 4, 2), (128, 32, 4, 3), (128, 32, 8, 3), (128, 128, 8, 2)],
         90: [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (64, 128, 4, 2), (64, 64, 4, 2),
              (64, 64, 4, 3), (128, 32, 8, 3)],
@@ -139,7 +157,8 @@ def attention(s: Shape) -> list[Case]:
     def by_query_tile(a: Arguments) -> tuple[int, int]:
         full = [(start + 1) // a["BLOCK_N"] for start in range(0, T, a["BLOCK_M"])]
         ends = [min(start + a["BLOCK_M"], T) for start in range(0, T, a["BLOCK_M"])]
-        diagonal = sum(math.ceil(end / a["BLOCK_N"]) - n for end, n in zip(ends, full, strict=True))
+        keys = [end - n * a["BLOCK_N"] for end, n in zip(ends, full, strict=True)]
+        diagonal = sum(math.ceil(n / a.get("DIAGONAL_N", a["BLOCK_N"])) for n in keys)
         return B * H * sum(full), B * H * diagonal
 
     def by_key_tile(a: Arguments) -> tuple[int, int]:
@@ -172,21 +191,27 @@ def attention(s: Shape) -> list[Case]:
     ]
 
 
+CROSS_ENTROPY_CANDIDATES = tuple(
+    CrossEntropyConfig(block_v=columns, num_warps=warps)
+    for columns, warps in ((2048, 4), (2048, 8), (4096, 4), (4096, 8), (4096, 16), (8192, 8), (8192, 16))
+)
+
+
 def cross_entropy(s: Shape) -> list[Case]:
     """In chunks of 2,048 rows, as linear_cross_entropy drives the kernel."""
-    N, V, module = 2048, s.config.vocab, _kernels("cross_entropy")
+    N, V, module = min(2048, s.N), s.config.vocab, _kernels("cross_entropy")
 
     def tensors(new: Callable[..., Tensor]) -> dict[str, Tensor]:
         return (
             {"z": new(N, V), "targets": new(N, dtype=torch.int64)}
-            | {name: new(N, dtype=torch.float32) for name in ("peak", "log_sum", "loss", "dloss")}
+            | {name: new(N, dtype=torch.float32) for name in ("peak", "total", "loss", "dloss")}
         )  # fmt: skip
 
     def forward(t: dict[str, Tensor]) -> None:
-        module._cross_entropy_fwd(t["z"], t["targets"], t["peak"], t["log_sum"], t["loss"], -100, 0.0, 0.0)
+        module._cross_entropy_fwd(t["z"], t["targets"], t["peak"], t["total"], t["loss"], -100, 0.0, 0.0)
 
     def backward(t: dict[str, Tensor]) -> None:
-        names = ("z", "z", "targets", "peak", "log_sum", "dloss")
+        names = ("z", "z", "targets", "peak", "total", "dloss")
         module._cross_entropy_bwd(*(t[n] for n in names), -100, 0.0, 0.0)
 
     def case(part: str, launch: Callable[[dict[str, Tensor]], None], moved: int) -> Case:
@@ -197,9 +222,110 @@ def cross_entropy(s: Shape) -> list[Case]:
             tensors=tensors,
             launch=launch,
             work={"_cross_entropy_kernel": Work(bytes=moved, trips=lambda a: (N * math.ceil(V / a["BLOCK_V"]),))},
+            candidates=dict.fromkeys(ARCHS, CROSS_ENTROPY_CANDIDATES),
         )
 
     return [case("fwd", forward, 2 * N * V), case("bwd", backward, 4 * N * V)]
+
+
+# block_m, block_n, block_k, warps, stages; on sm_90 with and without descriptors.
+_GEMM_TILES = {
+    80: [(128, 256, 64, 8, 4), (128, 256, 64, 8, 3), (128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (256, 128, 64, 8, 3),
+         (128, 256, 32, 8, 4), (128, 128, 32, 4, 4)],
+    90: [(128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4), (256, 128, 64, 8, 3)],
+}  # fmt: skip
+GEMM_CANDIDATES = {
+    arch: tuple(GemmConfig(*tile, descriptors=d) for tile in tiles for d in ((True, False) if arch == 90 else (False,)))
+    for arch, tiles in _GEMM_TILES.items()
+}
+
+
+def gemm(s: Shape) -> list[Case]:
+    """The products of a layer that have something to fuse, by Triton, and the epilogues that follow cuBLAS's."""
+    M, C, F, H, R = s.N, s.config.channels, s.config.mlp_hidden, s.config.heads, s.config.rotary_dim
+    module = _kernels("gemm")
+    judges = {"rotary": "project_in", "bias": "linear", "gelu": "linear_gelu", "dgelu": "linear_gelu_bwd"}
+    judges["residual"] = "project_out"
+
+    def tensors(new: Callable[..., Tensor]) -> dict[str, Tensor]:
+        return (
+            {"y": new(M, C), "out": new(M, C), "p": new(M, 3 * C + F), "z": new(M, C + F)}
+            | {"w_in": new(3 * C + F, C), "b_in": new(3 * C + F), "w_out": new(C, C + F), "b_out": new(2, C)}
+            | {name: new(s.T, R // 2, dtype=torch.float32) for name in ("cos", "sin")}
+            | {"h": new(M, F), "partial": new(M // 16, F, dtype=torch.float32)}
+        )
+
+    # Of each epilogue: columns of the output, K, bytes of operands and results in units of M rows, and the call.
+    def arguments(epilogue: str, t: dict[str, Tensor]) -> tuple:
+        y, p, z, w_in, b_in = (t[name] for name in ("y", "p", "z", "w_in", "b_in"))
+        rotary = (t["cos"], t["sin"], C // H, s.T, 0, 1)
+        return {
+            "rotary": (module.ROTARY, y, w_in[: 2 * C], p[:, : 2 * C], True, None, b_in[: 2 * C], None, rotary, None),
+            "bias": (module.BIAS, y, w_in[:C], p[:, :C], True, None, b_in[:C], None, None, None),
+            "gelu": (module.GELU, y, w_in[3 * C :], p[:, 3 * C :], True, z[:, C:], b_in[3 * C :], None, None, None),
+            "dgelu": (
+                module.DGELU,
+                y,
+                t["w_out"][:, C:],
+                p[:, 3 * C :],
+                False,
+                z[:, C:],
+                None,
+                t["h"],
+                None,
+                t["partial"],
+            ),
+            "residual": (module.RESIDUAL, z, t["w_out"], t["out"], True, None, t["b_out"], y, None, None),
+        }[epilogue]
+
+    def case(epilogue: str, N: int, K: int, extra: int) -> Case:
+        def tiles(a: Arguments) -> int:
+            return math.ceil(M / a["BLOCK_M"]) * math.ceil(N / a["BLOCK_N"])
+
+        work = Work(
+            bytes=2 * (M * K + K * N + M * N * (1 + extra)),
+            flops=2 * M * N * K,
+            trips=lambda a: (tiles(a) * math.ceil(K / a["BLOCK_K"]),),
+            bodies=tiles,
+        )
+        return Case(
+            name=f"gemm/{epilogue}",
+            module=module,
+            chooser="choose_gemm",
+            tensors=tensors,
+            launch=lambda t: module._triton_gemm(*arguments(epilogue, t)),
+            work={"_gemm_kernel": work, "_gemm_descriptor_kernel": work},
+            candidates=GEMM_CANDIDATES,
+            judge=judges[epilogue],
+            replaced={"fuses_gemm": lambda *about: True},
+        )
+
+    def after_cublas(epilogue: str, N: int, accesses: float) -> Case:
+        def launch(t: dict[str, Tensor]) -> None:
+            kind, _, _, out, _, out2, bias, other, rotary, partial = arguments(epilogue, t)
+            bias = bias if epilogue == "residual" else None
+            module._elementwise(kind, out, out, out2, bias, other, rotary, partial)
+
+        return Case(
+            name=f"gemm/after_cublas_{epilogue}",
+            module=module,
+            chooser="choose_elementwise",
+            tensors=tensors,
+            launch=launch,
+            work={"_epilogue_kernel": Work(bytes=int(2 * M * N * accesses))},
+        )
+
+    return [
+        case("rotary", 2 * C, C, 0),
+        case("bias", C, C, 0),
+        case("gelu", F, C, 1),
+        case("dgelu", F, C, 2),
+        case("residual", C, C + F, 1),
+        after_cublas("rotary", 2 * C, 2 * R * H / C),
+        after_cublas("gelu", F, 2),
+        after_cublas("dgelu", F, 4),
+        after_cublas("residual", C, 3),
+    ]
 
 
 def check_matmul(s: Shape) -> list[Case]:
@@ -250,6 +376,7 @@ OPS: dict[str, Callable[[Shape], list[Case]]] = {
     "layer_norm": layer_norm,
     "attention": attention,
     "cross_entropy": cross_entropy,
+    "gemm": gemm,
     "check_matmul": check_matmul,
     "check_attention": check_attention,
 }

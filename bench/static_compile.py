@@ -105,7 +105,7 @@ class _Driver:
 @contextlib.contextmanager
 def forced(case: Case, arch: int | None, config: tuple[tuple[str, Any], ...] | None) -> Iterator[list]:
     """Makes the launcher of `case` see that architecture and config; yields a list of the configs it used."""
-    names = (case.chooser, "arch_of", "use_triton")
+    names = (case.chooser, "arch_of", "use_triton", *case.replaced)
     replaced = {name: getattr(case.module, name) for name in names if hasattr(case.module, name)}
     choose, used = replaced[case.chooser], []
 
@@ -113,7 +113,8 @@ def forced(case: Case, arch: int | None, config: tuple[tuple[str, Any], ...] | N
         used.append(dataclasses.replace(choose(*arguments, **keywords), **dict(config or ())))
         return used[-1]
 
-    setattr(case.module, case.chooser, chosen)
+    for name, function in {**case.replaced, case.chooser: chosen}.items():
+        setattr(case.module, name, function)
     if arch is not None:
         case.module.arch_of = lambda device: arch
         case.module.use_triton = lambda x: True

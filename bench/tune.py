@@ -125,7 +125,7 @@ def child(task: dict[str, Any], out) -> None:
     shape = SHAPES["tiny" if task["dry_run"] else "phi"]
     judged_shape = shape if task["dry_run"] else dataclasses.replace(shape, B=1, T=391)  # no multiple of any tile
     case = find_case(task["case"], shape)
-    op, passed = CASES[case.name.partition("/")[0]], []
+    op, passed = CASES[case.judge or case.name.partition("/")[0]], []
 
     def say(config: Config, **record) -> None:
         print(json.dumps({"config": config, **record}), file=out, flush=True)

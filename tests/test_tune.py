@@ -1,0 +1,70 @@
+"""bench.tune: what the static bound rules out, and how a sweep survives its candidates."""
+
+import dataclasses
+import json
+
+import pytest
+
+from bench import tune
+from bench.static_compile import CompileError, find_case, forced
+from tests.test_static import ROW
+
+A, B, C = ((("block_m", size),) for size in (16, 32, 64))
+
+
+def test_spilling_and_oversized_candidates_do_not_run():
+    spills = dataclasses.replace(ROW, spills_in_loop=3)
+    too_large = dataclasses.replace(ROW, blocks_per_sm=0)
+    assert tune.rejected([ROW]) == ""
+    assert tune.rejected([ROW, spills]) == "3 spills in the hot loop of _op_kernel"
+    assert tune.rejected([too_large]).startswith("200000 bytes of shared memory in _op_kernel")
+    assert tune.rejected(CompileError("the compiler died (SIGABRT)")) == "the compiler died (SIGABRT)"
+
+
+def _child(body: str) -> tuple[str, str]:
+    """A child process that runs `body` with its configs, and `say` to answer."""
+    start = (
+        "import json, os, sys\nconfigs = json.loads(sys.argv[2])['configs']\n"
+        "def say(config, **record): print(json.dumps({'config': config, **record}), flush=True)\n"
+    )
+    return "-c", start + body
+
+
+def test_a_candidate_that_kills_its_process_costs_only_itself():
+    body = (
+        "for c in configs:\n"
+        "    say(c, judging=True)\n"
+        "    if c == [['block_m', 32]]: os._exit(7)\n"
+        "for c in configs: say(c, median=1.0, p20=0.9, p80=1.1)\n"
+    )
+    results = {r.config: r for r in tune.sweep("case", [A, B, C], 0.0, False, _child(body))}
+    assert results[B].reason == "the child process died (exit code 7)"
+    assert results[A].median == results[C].median == 1.0
+
+
+def test_a_death_while_timing_is_told_of_every_candidate_without_a_time():
+    body = "for c in configs: say(c, judging=True)\nsay(configs[0], reason='wrong')\nos._exit(7)"
+    results = tune.sweep("case", [A, B], 0.0, False, _child(body))
+    assert [(r.config, r.reason) for r in results] == [(A, "wrong"), (B, "the child process died (exit code 7)")]
+
+
+def test_a_forced_config_reaches_the_launcher_and_leaves_no_trace():
+    case = find_case("cross_entropy/fwd")
+    before = case.module.choose_cross_entropy
+    with forced(case, None, (("block_v", 16), ("num_warps", 1))) as used:
+        chosen = case.module.choose_cross_entropy(51200, None, 80)
+    assert (chosen.block_v, chosen.num_warps) == (16, 1)
+    assert used == [chosen]
+    assert case.module.choose_cross_entropy is before
+
+
+@pytest.mark.slow
+def test_dry_run_judges_and_times_in_the_interpreter():
+    results = tune.sweep("layer_norm/fwd", tune.candidates("layer_norm/fwd", 80)[:2], 0.0, True)
+    assert [r.config for r in results] == tune.candidates("layer_norm/fwd", 80)[:2]
+    assert all(r.median > 0 for r in results), results
+
+
+def test_configs_pass_the_process_boundary_unchanged():
+    for config in tune.candidates("attention/fwd", 90):
+        assert tune._config(json.loads(json.dumps(config))) == config
