@@ -1,4 +1,4 @@
-"""Phi-2's architecture, done fast: model, checkpoints and generator. Names load on first use: torch is slow to."""
+"""Phi-2's architecture, done fast: model, checkpoints and generator. Names load on first use, for torch is slow."""
 
 import importlib
 
