@@ -382,7 +382,9 @@ def test_report_writes_the_tables_from_the_results_and_knows_when_they_are_stale
     readme.write_text(text.replace("300 TFLOP/s", "400 TFLOP/s"))
     assert report.stale(readme, results) == ["README.md, gpu"]
     file = next(results.glob("*.jsonl"))
+    report.write(readme, results)
     file.write_text(file.read_text() + "\n")
+    assert report.stale(readme, results) == [picture]
     report.write(readme, results)
     (results / "gpu-of-no-run.png").touch()
     assert report.stale(readme, results) == ["gpu-of-no-run.png"]
