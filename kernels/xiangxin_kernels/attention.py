@@ -32,6 +32,7 @@ from ._tuning import AttentionConfig, arch_of, choose_attention
 
 HEAD_DIMS = (16, 32, 48, 64, 80, 96, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_STRIDE_T = 2**23  # offsets between tiles are 64-bit, those within a tile of at most 256 rows 32-bit
 
 
 def rotate_half_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -265,8 +266,9 @@ def _check_triton_limits(q, k, v) -> None:
     if q.shape[-1] not in HEAD_DIMS:
         raise ValueError(f"attention: expected q with D in {HEAD_DIMS}, got {q.shape[-1]}")
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.stride(-1) != 1:
-            raise ValueError(f"attention: expected {name} with a contiguous last axis, got strides {x.stride()}")
+        if x.stride(3) != 1 or x.stride(1) >= MAX_STRIDE_T:
+            limits = f"a contiguous last axis and a stride below {MAX_STRIDE_T} along T"
+            raise ValueError(f"attention: expected {name} with {limits}, got strides {x.stride()}")
 
 
 def attention(
