@@ -48,14 +48,16 @@ def _layer_norm_fwd_kernel(
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     x = tl.load(x_ptr + row * x_stride_n + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
 
     mean = tl.sum(x, 0) / C
     centred = tl.where(mask_c, x - mean, 0.0)
     correction = tl.sum(centred, 0) / C
     var = tl.maximum(tl.sum(centred * centred, 0) / C - correction * correction, 0.0)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
+
+    # Loaded late: held over the sums they would cost half the registers.
+    weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
     y = (centred - correction) * rstd * weight + bias
 
     tl.store(y_ptr + row * y_stride_n + offs_c, y.to(y_ptr.dtype.element_ty), mask=mask_c)
