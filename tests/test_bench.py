@@ -59,6 +59,12 @@ class TestNumericsRule:
         found = compare(down, exact.bfloat16(), exact)
         assert (found.criterion, found.passed) == ("mean", False)
 
+    @pytest.mark.parametrize(("standard_errors", "passes"), [(3.9, True), (4.1, False)])
+    def test_the_mean_may_lie_four_standard_errors_off(self, standard_errors, passes):
+        noise = 1e-6 * (self.exact.flip(0) - self.exact.mean())
+        shift = standard_errors * noise.square().mean().sqrt() / noise.numel() ** 0.5
+        assert compare(self.exact + noise + shift, self.exact + noise, self.exact).passed == passes
+
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_not_finite_where_fp64_is_fails_and_the_reverse(self, value):
         actual = self.rounded.clone()
