@@ -89,8 +89,6 @@ REPORTED = {80: GPUS["A800"], 90: GPUS["H100"]}
 def blocks_per_sm(arch: int, threads: int, registers: int, shared: int) -> int:
     """How many blocks of that size an SM holds at once; 0 when not even one fits. `shared` in bytes per block."""
     sm = SMS[arch]
-    if shared > sm.shared_per_block:
-        return 0
     warps = -(-threads // 32)
     registers_per_warp = -(-registers * 32 // 256) * 256
     shared_held = -(-(shared + 1024) // 128) * 128

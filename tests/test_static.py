@@ -123,24 +123,25 @@ LISTING = """
         /*0010*/                   LDSM.16.M88.4 R8, [R3] ;
         /*0020*/               @P0 BRA 0x0000 ;
         /*0030*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P3, [UR15], R13 ;
-        /*0040*/              @!P3 BRA 0x00a0 ;
+        /*0040*/              @!P3 BRA 0x00b0 ;
         /*0050*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
         /*0060*/                   STL [R1], R4 ;
         /*0070*/               @P1 BRA 0x0030 ;
         /*0080*/                   STG.E [R2.64], R4 ;
-        /*0090*/                   EXIT ;
-        /*00a0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P3, [UR15], R13 ;
-        /*00b0*/              @!P3 BRA 0x00a0 ;
-        /*00c0*/                   BRA 0x0050 ;
-        /*00d0*/                   BRA 0x00d0;
+        /*0090*/               @P2 BRA 0x0000 ;
+        /*00a0*/                   EXIT ;
+        /*00b0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P3, [UR15], R13 ;
+        /*00c0*/              @!P3 BRA 0x00b0 ;
+        /*00d0*/                   BRA 0x0050 ;
+        /*00e0*/                   BRA 0x00e0;
 """
 
 
 def test_hot_loop_is_the_innermost_around_tensor_cores_even_with_code_behind_the_end():
     listing = sass.parse(LISTING)
     (hot,) = sass.hot_loops(listing.instructions)
-    assert [i.address for i in hot] == [0x30, 0x40, 0x50, 0x60, 0x70, 0xA0, 0xB0, 0xC0]
-    assert [loop[0].address for loop in sass.loops(listing.instructions)] == [0x00, 0x30, 0xA0]
+    assert [i.address for i in hot] == [0x30, 0x40, 0x50, 0x60, 0x70, 0xB0, 0xC0, 0xD0]
+    assert [loop[0].address for loop in sass.loops(listing.instructions)] == [0x00, 0x30, 0xB0]
     assert (listing.registers, listing.stack) == (40, 8)
 
 
