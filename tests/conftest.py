@@ -21,8 +21,6 @@ _left_out: Counter[str] = Counter()
 def pytest_configure(config: pytest.Config) -> None:
     # Reductions on a CPU change bits with the number of threads, and xdist has a process for every core.
     torch.set_num_threads(1)
-    if config.pluginmanager.hasplugin("dsession"):
-        config.pluginmanager.register(_FromWorkers())
 
 
 def _reason_to_leave_out(item: pytest.Item, wants_slow: bool) -> str | None:
@@ -44,15 +42,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if not reasons[item]]
 
 
-class _FromWorkers:
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
     """Gathers what the processes of pytest-xdist left out (all the same) and their worst numerics findings."""
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_testnodedown(self, node, error) -> None:
-        report = getattr(node, "workeroutput", {})
-        _left_out.update({reason: n for reason, n in report.get("left_out", {}).items() if reason not in _left_out})
-        for finding in report.get("numerics", []):
-            numerics.record(numerics.Finding(*finding))
+    report = getattr(node, "workeroutput", {})
+    _left_out.update({reason: n for reason, n in report.get("left_out", {}).items() if reason not in _left_out})
+    for finding in report.get("numerics", []):
+        numerics.record(numerics.Finding(*finding))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
