@@ -116,17 +116,22 @@ MUTATIONS = [
     _attention(
         "a key's own query left out",
         "bwd",
-        "(query[None, :] >= position[:, None])",
-        "(query[None, :] > position[:, None])",
+        "query[None, :] >= position[:, None]",
+        "query[None, :] > position[:, None]",
     ),
     _attention(
         "queries of the next document",
         "bwd",
-        "(query[None, :] < query_end[:, None])",
-        "(query[None, :] <= query_end[:, None])",
+        "query[None, :] < query_end[:, None]",
+        "query[None, :] <= query_end[:, None]",
         "packed",
     ),
-    _attention("the last, partial tile of queries left out", "bwd", "if DOCUMENTS or not EVEN_T:", "if DOCUMENTS:"),
+    _attention(
+        "the last, partial tile of queries left out",
+        "bwd",
+        "ends: tl.constexpr = DOCUMENTS or not EVEN_T",
+        "ends: tl.constexpr = DOCUMENTS",
+    ),
     _attention("fp32 sums not used", "bwd", "* scale_log2 - lse_low[None, :]", "* scale_log2", "numerics_rule"),
 ]
 

@@ -281,22 +281,23 @@ def _accumulate_dkv(
     D_MAIN: tl.constexpr,
     D_TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    MASKED: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    ENDS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """dk += ds^T q and dv += p^T dout over the query tiles [lo, hi). MASKED: a query may stand before a key, or at or
-    past `query_end`, where the document of the key ends."""
+    """dk += ds^T q and dv += p^T dout over the query tiles [lo, hi). DIAGONAL: a query may stand before a key. ENDS: it
+    may stand at or past `query_end`, where the document of the key ends, or past T."""
     offs_m = tl.arange(0, BLOCK_M)
     offs_main = tl.arange(0, D_MAIN)
     for start_m in tl.range(lo, hi, BLOCK_M):
-        q_main = _load_tile(q_ptr, start_m, q_stride_t, offs_m, offs_main, T, MASKED)
-        dout_main = _load_tile(dout_ptr, start_m, dout_stride_t, offs_m, offs_main, T, MASKED)
+        q_main = _load_tile(q_ptr, start_m, q_stride_t, offs_m, offs_main, T, ENDS)
+        dout_main = _load_tile(dout_ptr, start_m, dout_stride_t, offs_m, offs_main, T, ENDS)
         q_tail = q_main
         dout_tail = dout_main
         if D_TAIL > 0:
             offs_tail = D_MAIN + tl.arange(0, D_TAIL)
-            q_tail = _load_tile(q_ptr, start_m, q_stride_t, offs_m, offs_tail, T, MASKED)
-            dout_tail = _load_tile(dout_ptr, start_m, dout_stride_t, offs_m, offs_tail, T, MASKED)
+            q_tail = _load_tile(q_ptr, start_m, q_stride_t, offs_m, offs_tail, T, ENDS)
+            dout_tail = _load_tile(dout_ptr, start_m, dout_stride_t, offs_m, offs_tail, T, ENDS)
         if WIDE:  # the same bits as in the kernel of dq, whose sums lse_low and delta are
             s = tl.trans(_product(q_main, q_tail, k_main, k_tail, D_TAIL))
             dp = tl.trans(_product(dout_main, dout_tail, v_main, v_tail, D_TAIL))
@@ -304,11 +305,12 @@ def _accumulate_dkv(
             s = _product(k_main, k_tail, q_main, q_tail, D_TAIL)
             dp = _product(v_main, v_tail, dout_main, dout_tail, D_TAIL)
         query = start_m + offs_m
-        if MASKED:
+        if DIAGONAL:
+            s = tl.where(query[None, :] >= position[:, None], s, float("-inf"))
+        if ENDS:
             lse = tl.load(lse_ptr + query, mask=query < T, other=float("inf"))
             delta = tl.load(delta_ptr + query, mask=query < T, other=0.0)
-            visible = (query[None, :] >= position[:, None]) & (query[None, :] < query_end[:, None])
-            s = tl.where(visible, s, float("-inf"))
+            s = tl.where(query[None, :] < query_end[:, None], s, float("-inf"))
         else:
             lse = tl.load(lse_ptr + query)
             delta = tl.load(delta_ptr + query)
@@ -418,23 +420,24 @@ def _attention_bwd_dkv_kernel(
         query_end = tl.load(doc_end_ptr + position, mask=mask_n, other=0)
         hi = tl.load(doc_end_ptr + tl.minimum(start_n + BLOCK_N, T) - 1)
         full_end = tl.load(doc_end_ptr + start_n) // BLOCK_M * BLOCK_M
+    ends: tl.constexpr = DOCUMENTS or not EVEN_T
     full_start = tl.minimum(tl.cdiv(start_n + BLOCK_N - 1, BLOCK_M) * BLOCK_M, hi)
     full_end = tl.maximum(full_start, full_end)
     dk_main, dk_tail, dv_main, dv_tail = _accumulate_dkv(
         dk_main, dk_tail, dv_main, dv_tail, k_main, k_tail, v_main, v_tail, q_ptr, dout_ptr, lse_ptr, delta_ptr,
         q_stride_t, dout_stride_t, lo, full_start, position, query_end, T, plane, scale_log2, D_MAIN, D_TAIL, BLOCK_M,
-        True, WIDE,
+        True, ends, WIDE,
     )  # fmt: skip
     dk_main, dk_tail, dv_main, dv_tail = _accumulate_dkv(
         dk_main, dk_tail, dv_main, dv_tail, k_main, k_tail, v_main, v_tail, q_ptr, dout_ptr, lse_ptr, delta_ptr,
         q_stride_t, dout_stride_t, full_start, full_end, position, query_end, T, plane, scale_log2, D_MAIN, D_TAIL,
-        BLOCK_M, False, WIDE,
+        BLOCK_M, False, False, WIDE,
     )  # fmt: skip
-    if DOCUMENTS or not EVEN_T:
+    if ends:
         dk_main, dk_tail, dv_main, dv_tail = _accumulate_dkv(
             dk_main, dk_tail, dv_main, dv_tail, k_main, k_tail, v_main, v_tail, q_ptr, dout_ptr, lse_ptr, delta_ptr,
             q_stride_t, dout_stride_t, full_end, hi, position, query_end, T, plane, scale_log2, D_MAIN, D_TAIL, BLOCK_M,
-            True, WIDE,
+            False, True, WIDE,
         )  # fmt: skip
 
     dk_main *= scale

@@ -75,7 +75,7 @@ class AttentionConfig:
 _ATTENTION = {
     ("fwd", 80): AttentionConfig(block_m=128, block_n=64, num_warps=4, num_stages=3, diagonal_n=32),
     ("bwd_dq", 80): AttentionConfig(block_m=128, block_n=32, num_warps=4, num_stages=2),
-    ("bwd_dkv", 80): AttentionConfig(block_m=64, block_n=64, num_warps=4, num_stages=2),
+    ("bwd_dkv", 80): AttentionConfig(block_m=32, block_n=64, num_warps=4, num_stages=2),
     ("fwd", 90): AttentionConfig(block_m=128, block_n=128, num_warps=8, num_stages=2),
     ("bwd_dq", 90): AttentionConfig(block_m=128, block_n=128, num_warps=8, num_stages=2),
     ("bwd_dkv", 90): AttentionConfig(block_m=64, block_n=128, num_warps=8, num_stages=2),

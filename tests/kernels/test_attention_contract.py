@@ -219,7 +219,8 @@ def test_gradients_only_where_asked():
 def test_a_second_backward_is_refused():
     inputs = problem(4)
     inputs["q"].requires_grad_()
-    (dq,) = torch.autograd.grad(attention(**inputs).sum(), [inputs["q"]], create_graph=True)
+    dout = torch.ones(1, 4, 1, 80, requires_grad=True)
+    (dq,) = torch.autograd.grad(attention(**inputs), [inputs["q"]], dout, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dq.sum().backward()
 
