@@ -319,3 +319,18 @@ def test_limits_of_the_kernels_are_said(q, words):
     with pytest.raises(ValueError) as raised:
         attention(q, q, q)
     assert words in str(raised.value)
+
+
+@pytest.mark.skipif(INTERPRET, reason="the interpreter excludes the compiler")
+def test_a_full_tile_issues_matrix_work_for_80_columns_and_no_more():
+    from bench import static
+
+    rows = static.rows_of(static.examine(static.jobs_of("attention"), progress=False))
+    assert len(rows) == 6
+    for row in rows:
+        issued = 0
+        for name, count in row.tensor.items():  # HMMA.16816 of each warp, HGMMA.64x128x16 of each four
+            m, n, k = map(int, name.split(".")[1].split("x")) if "x" in name else (16, 8, 16)
+            issued += 2 * m * n * k * count * row.warps // (1 if name.startswith("HMMA") else 4)
+        products = {"attention/fwd": 2, "attention/bwd_dq": 3, "attention/bwd_dkv": 4}[row.case]
+        assert issued == products * 2 * row.config["block_m"] * row.config["block_n"] * 80, f"{row.case} sm_{row.arch}"
