@@ -44,7 +44,32 @@ def _attention(name: str, file: str, old: str, new: str, only: str = "other_head
     return Mutation(f"attention: {name}", f"_attention_{file}.py", old, new, tests)
 
 
+def _cross_entropy(name: str, old: str, new: str) -> Mutation:
+    return Mutation(f"cross_entropy: {name}", "cross_entropy.py", old, new, "tests/kernels/test_cross_entropy.py")
+
+
+def _gemm(name: str, old: str, new: str) -> Mutation:
+    tests = "tests/kernels/test_mlp.py tests/kernels/test_parallel_block.py"
+    return Mutation(f"gemm: {name}", "gemm.py", old, new, tests)
+
+
 MUTATIONS = [
+    _cross_entropy("row offset in 32 bits", "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)"),
+    _cross_entropy("one-hot left out", "dz - (1.0 - label_smoothing), dz) * dloss", "dz, dz) * dloss"),
+    _cross_entropy("sum not rescaled", "l_i = l_i * tl.exp2((m_i - m_safe) * LOG2E) + ", "l_i = l_i + "),
+    _cross_entropy("ignored rows get a gradient", "dz = tl.where(ignored, 0.0, dz)", "dz = dz"),
+    _cross_entropy("z-loss left out of the gradient", "(1.0 + 2.0 * z_loss * lse) / l_i", "1.0 / l_i"),
+    _cross_entropy("upstream gradient of row 0", "dloss_ptr + row * dloss_stride_n", "dloss_ptr"),
+    _gemm("last K tile unmasked", "a = tl.load(a_ptrs, mask=mask_k[None, :], other=0.0)", "a = tl.load(a_ptrs)"),
+    _gemm("rotated the same way back", "mask=rotary, other=0.0) * SIGN", "mask=rotary, other=0.0)"),
+    _gemm("positions run over sequences", "q_start + offs_m % T", "q_start + offs_m"),
+    _gemm("rows past the end summed", "tl.sum(tl.where(mask, t, 0.0), 0)", "tl.sum(t, 0)"),
+    _gemm(
+        "second bias left out",
+        "bias_ptr + N + offs_n, mask=mask_n, other=0.0)",
+        "bias_ptr + offs_n, mask=mask_n, other=0.0) * 0",
+    ),
+    _gemm("slope of another place", "t *= slope", "t *= value"),
     _layer_norm("mask one too wide", "mask_c = offs_c < C\n    x =", "mask_c = offs_c <= C\n    x ="),
     _layer_norm("gradient mask one too wide", "mask_c = offs_c < C\n    weight", "mask_c = offs_c <= C\n    weight"),
     _layer_norm("padded lanes in the variance", "tl.where(mask_c, x - mean, 0.0)", "x - mean"),
