@@ -64,11 +64,7 @@ MUTATIONS = [
     _gemm("rotated the same way back", "mask=rotary, other=0.0) * SIGN", "mask=rotary, other=0.0)"),
     _gemm("positions run over sequences", "q_start + offs_m % T", "q_start + offs_m"),
     _gemm("rows past the end summed", "tl.sum(tl.where(mask, t, 0.0), 0)", "tl.sum(t, 0)"),
-    _gemm(
-        "second bias left out",
-        "bias_ptr + N + offs_n, mask=mask_n, other=0.0)",
-        "bias_ptr + offs_n, mask=mask_n, other=0.0) * 0",
-    ),
+    _gemm("second bias left out", "bias_ptr + N + offs_n, mask=mask_n", "bias_ptr + N + offs_n, mask=offs_n < 0"),
     _gemm("slope of another place", "t *= slope", "t *= value"),
     _layer_norm("mask one too wide", "mask_c = offs_c < C\n    x =", "mask_c = offs_c <= C\n    x ="),
     _layer_norm("gradient mask one too wide", "mask_c = offs_c < C\n    weight", "mask_c = offs_c <= C\n    weight"),
