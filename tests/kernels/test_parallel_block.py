@@ -95,7 +95,7 @@ def test_bytes_kept_for_backward():
 
 @only_triton
 def test_torch_passes_over_the_projection_once_in_the_backward():
-    """gelu(h) and its slope come from the epilogue that reads h; torch is left with the sum for q's, k's, v's biases."""
+    """gelu(h) and its slope come from the epilogue that reads h; torch sums for the biases of q, k, v."""
     inputs = block_inputs(1, 32, 4, 16, 8, 256)
     leaves = {name: x.requires_grad_(name in WEIGHTS) for name, x in inputs.items()}
     y = parallel_block(**leaves, heads=4)
