@@ -121,6 +121,13 @@ MUTATIONS = [
         "offsets_pass",
     ),
     _attention(
+        "batch in 32 bits",
+        "fwd",
+        "batch = tl.cast(bh // H, tl.int64)\n    head = tl.cast(bh % H, tl.int64)\n    q_ptr",
+        "batch = bh // H\n    head = bh % H\n    q_ptr",
+        "offsets_pass",
+    ),
+    _attention(
         "tail missing from delta",
         "bwd",
         "out.to(tl.float32) * dout_tail.to(tl.float32)",
