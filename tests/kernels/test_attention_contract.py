@@ -123,12 +123,12 @@ def test_slices_of_one_buffer_in_and_out(monkeypatch):
 @triton_only
 @pytest.mark.parametrize("far", ["batch", "time", "head"])
 def test_offsets_pass_2_to_the_31(far, tmp_path, monkeypatch):
-    """All tensors interleaved in one sparse file, so that each passes 2^31 elements; along T the last tile starts there."""
+    """All tensors interleaved in one sparse file: each passes 2^31 elements, through an index times a 32-bit stride."""
     if sys.platform != "linux":
         pytest.skip("sparse files")
     use_tiles(monkeypatch, 128, 128)
-    B, T, H, D = {"batch": (2, 2, 1, 16), "time": (1, 386, 1, 16), "head": (1, 2, 2, 16)}[far]
-    step = 2**31 // 384 // 16 * 16 + 16 if far == "time" else 2**31 + 16
+    B, T, H, D = {"batch": (3, 2, 1, 16), "time": (1, 386, 1, 16), "head": (1, 2, 3, 16)}[far]
+    step = 2**31 // 384 // 16 * 16 + 16 if far == "time" else 2**30 + 16
     assert step < module.MAX_STRIDE_T or far != "time"
     strides = {"batch": (step, 512, 256, 1), "time": (16, step, 16, 1), "head": (16, 512, step, 1)}[far]
     names = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
