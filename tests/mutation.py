@@ -160,7 +160,8 @@ MUTATIONS = [
         "ends: tl.constexpr = DOCUMENTS or not EVEN_T",
         "ends: tl.constexpr = DOCUMENTS",
     ),
-    _attention("fp32 sums not used", "bwd", "* scale_log2 - lse_low[None, :]", "* scale_log2", "numerics_rule"),
+    _attention("lse of fp32 not refined", "bwd", "lse_low = tl.log2(sum_p)", "lse_low = 0.0 * sum_p", "test_scale"),
+    _attention("delta of fp32 not normalised", "bwd", "delta = delta / sum_p", "delta = delta * 1.0", "scores_all_far"),
 ]
 
 

@@ -93,11 +93,12 @@ def test_the_layout_of_dout_changes_no_bit(dtype, monkeypatch):
         assert_same_bits(laid_out.values(), contiguous.values(), what=f"dout {layout}")
 
 
-@pytest.mark.parametrize("scale", [0.01, 1.0])
-def test_scale(scale, monkeypatch):
-    use_tiles(monkeypatch, 16, 16)
+# With a scale of 1 a row's lse is far from 0, and its rounding alone would be most of the error in fp32.
+@pytest.mark.parametrize(("scale", "seed"), [(0.01, 0), (1.0, 0), (1.0, 1), (1.0, 2), (1.0, 3)])
+def test_scale(scale, seed, monkeypatch):
+    use_tiles(monkeypatch, 16, 32)
     op, ref = (partial(f, scale=scale) for f in (attention, attention_ref))
-    check_op(op, ref, problem(33), wrt=QKV if INTERPRET else ("v",), name="attention")
+    check_op(op, ref, problem(33, R=0, seed=seed), wrt=QKV if INTERPRET else (), name="attention")
 
 
 def packed_in_every_way() -> Iterator:
