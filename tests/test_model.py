@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from xiangxin_kernels import document_bounds
 
 from tests.hf import fuse, grads_of, oracle
 from tests.numerics import assert_no_worse_than_torch
+from xiangxin_fast import model as model_file
 from xiangxin_fast.config import PhiConfig
 from xiangxin_fast.errors import InputError
 from xiangxin_fast.kv_cache import KVCache
@@ -234,3 +236,12 @@ def test_unknown_presets_are_refused_by_naming_the_known():
     assert PhiConfig.from_preset("xiangxin-3b") == PhiConfig.from_preset("phi-2")
     with pytest.raises(InputError, match="xiangxin-3b, phi-2, phi-1_5, demo, got 'phi-3'"):
         PhiConfig.from_preset("phi-3")
+
+
+def test_document_bounds_are_made_once_for_all_layers(monkeypatch):
+    made = []
+    monkeypatch.setattr(model_file, "document_bounds", lambda ids: made.append(ids) or document_bounds(ids))
+    model = Phi(small(2, 64, 32)).init_weights()
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    model.loss(tokens, tokens, torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2]]))
+    assert (len(made), model.config.layers) == (1, 2)

@@ -2,7 +2,14 @@
 
 import torch
 from torch import Tensor, nn
-from xiangxin_kernels import decode_block, decode_head, layer_norm, linear_cross_entropy, parallel_block
+from xiangxin_kernels import (
+    decode_block,
+    decode_head,
+    document_bounds,
+    layer_norm,
+    linear_cross_entropy,
+    parallel_block,
+)
 
 from .config import PhiConfig
 from .errors import InputError
@@ -33,10 +40,10 @@ class Block(nn.Module):
         self.w_in, self.b_in = empty(3 * C + F, C), empty(3 * C + F)
         self.w_out, self.b_out = empty(C, C + F), empty(2, C)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segment_ids=None, cache=None, q_start: int = 0) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bounds=None, cache=None, q_start: int = 0) -> Tensor:
         return parallel_block(
             x, self.ln_w, self.ln_b, self.w_in, self.b_in, self.w_out, self.b_out, cos, sin,
-            heads=self.heads, eps=self.eps, segment_ids=segment_ids, cache=cache, q_start=q_start,
+            heads=self.heads, eps=self.eps, segment_ids=bounds, cache=cache, q_start=q_start,
         )  # fmt: skip
 
     def decode(self, x: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor], positions: Tensor) -> Tensor:
@@ -103,8 +110,9 @@ class Phi(nn.Module):
     def hidden(self, tokens: Tensor, segment_ids: Tensor | None = None) -> Tensor:
         """tokens [B, T] -> the final LayerNorm's output [B, T, C]."""
         x, cos, sin = self.embedded(tokens)
+        bounds = None if segment_ids is None else document_bounds(segment_ids)
         for block in self.blocks:
-            x = block(x, cos, sin, segment_ids)
+            x = block(x, cos, sin, bounds)
         return layer_norm(x, self.ln_w, self.ln_b, self.config.eps)
 
     def forward(self, tokens: Tensor, segment_ids: Tensor | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """Triton kernels for the Phi-2 architecture. This is the front door: nothing else of the package is public."""
 
-from .attention import attention, attention_ref
+from .attention import attention, attention_ref, document_bounds
 from .cross_entropy import cross_entropy, cross_entropy_ref, linear_cross_entropy, linear_cross_entropy_ref
 from .decode import (
     decode_attention,
@@ -25,6 +25,7 @@ __all__ = [
     "decode_block_ref",
     "decode_head",
     "decode_head_ref",
+    "document_bounds",
     "gelu_mlp",
     "gelu_mlp_ref",
     "layer_norm",

@@ -10,7 +10,7 @@ tile of whole pairs can so rotate its own columns, and q.k does not change when 
 
 Shapes    x, y [B, T, C]   ln_w, ln_b [C]   w_in [3C+F, C]   b_in [3C+F]   w_out [C, C+F]
           b_out [2, C]: attention, MLP
-          cos, sin [S, R/2] fp32   segment_ids [B, T]   cache k, v [B, S, H, D]
+          cos, sin [S, R/2] fp32   segment_ids [B, T], or document_bounds of them [2, B, T]   cache k, v [B, S, H, D]
 Saves     x, p (q and k rotated, h before its GELU), attention's output and lse, mean, rstd: at C = 2560, H = 32 and
           F = 10240 in bf16 46,216 bytes a token. With `recompute` 10,376: all but p, for one GEMM more
 Backward  dz = dy w_out, whose gelu' epilogue also recomputes gelu(h); attention's backward, into the same buffer
@@ -118,7 +118,7 @@ class _ParallelBlock(torch.autograd.Function):
         return dx, dln_w, dln_b, dw_in, db_in, dw_out, db_out, None, None, None, None, None, None
 
 
-def _parallel_block_cpu(x, ln_w, ln_b, w_in, b_in, w_out, b_out, cos, sin, heads, eps, segment_ids, cache, q_start):
+def _parallel_block_cpu(x, ln_w, ln_b, w_in, b_in, w_out, b_out, cos, sin, heads, eps, bounds, cache, q_start):
     T, C = x.shape[1:]
     p = linear(layer_norm(x, ln_w, ln_b, eps), w_in, b_in)
     q, k, v, h = split_projection(p, C, heads, cos[q_start : q_start + T], sin[q_start : q_start + T])
@@ -126,7 +126,8 @@ def _parallel_block_cpu(x, ln_w, ln_b, w_in, b_in, w_out, b_out, cos, sin, heads
         cache[0][:, q_start : q_start + T] = k
         cache[1][:, q_start : q_start + T] = v
         k, v = (c[:, : q_start + T] for c in cache)
-    attn = attention(q, k, v, segment_ids=segment_ids, q_start=q_start)
+    # Where its document starts is as good a name of a segment as any.
+    attn = attention(q, k, v, segment_ids=None if bounds is None else bounds[0], q_start=q_start)
     z = torch.cat([attn.flatten(2), F.gelu(h, approximate="tanh")], dim=-1)
     return x + linear(z, w_out, b_out[0] + b_out[1])
 
@@ -167,7 +168,7 @@ def _check_shapes(x, ln_w, ln_b, w_in, b_in, w_out, b_out, cos, sin, heads, segm
     check(len(cos) >= q_start + T, f"parallel_block: expected cos for {q_start + T} positions, got {len(cos)}")
     expect("sin", sin, *cos.shape)
     if segment_ids is not None:
-        expect("segment_ids", segment_ids, B, T)
+        expect("segment_ids", segment_ids, *((2, B, T) if segment_ids.dim() == 3 else (B, T)))
         check(cache is None, "parallel_block: expected no segment_ids with a cache, got both")
     if cache is not None:
         for name, tensor in zip(("cache k", "cache v"), cache, strict=True):
@@ -199,15 +200,18 @@ def parallel_block(
     """One layer of x [B, T, C] at positions q_start.. q_start+T-1; returns [B, T, C]. Shapes as in the docstring above.
 
     With `cache` = (k, v) [B, S, H, D] the rotated keys and the values are written at those positions, and attention
-    reads everything up to them (chunked prefill, no gradients). `recompute` saves q, k, v and h anew in the backward
-    instead of keeping them. Raises ValueError naming the argument that does not fit.
+    reads everything up to them (chunked prefill, no gradients). A model of many layers makes `document_bounds` once for
+    all. `recompute` makes q, k, v and h anew in the backward instead of keeping them. Raises ValueError naming the
+    argument that does not fit.
     """
     weights = (ln_w, ln_b, w_in, b_in, w_out, b_out)
     _check_shapes(x, *weights, cos, sin, heads, segment_ids, cache, q_start)
+    bounds = segment_ids
+    if segment_ids is not None and segment_ids.dim() == 2:
+        bounds = document_bounds(segment_ids)
     if not use_triton(x):
-        return _parallel_block_cpu(x, *weights, cos, sin, heads, eps, segment_ids, cache, q_start)
+        return _parallel_block_cpu(x, *weights, cos, sin, heads, eps, bounds, cache, q_start)
     check_dtypes("parallel_block", x=x, ln_w=ln_w, ln_b=ln_b, w_in=w_in, b_in=b_in, w_out=w_out, b_out=b_out)
     if cache is not None:
         return _prefill(x, *weights, cos, sin, heads, eps, cache, q_start)
-    bounds = None if segment_ids is None else document_bounds(segment_ids)
     return _ParallelBlock.apply(x, *weights, cos, sin, bounds, heads, eps, recompute)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from xiangxin_kernels import attention_ref, parallel_block, parallel_block_ref
+from xiangxin_kernels import attention_ref, document_bounds, parallel_block, parallel_block_ref
 
 from tests.conftest import INTERPRET
 from tests.kernels.block_inputs import block_inputs, rotary_tables, use_way
@@ -60,7 +60,10 @@ def test_odd_sizes(B, T, H, D, R, F):
 
 def test_documents_and_any_strides_of_dout():
     segment_ids = torch.tensor([[0] * 5 + [3] * 12, [1] * 17])
-    check_block(block_inputs(2, 17, 2, 16, 8, 40), heads=2, segment_ids=segment_ids, layouts=DOUT_LAYOUTS)
+    inputs = block_inputs(2, 17, 2, 16, 8, 40)
+    made_once = run(inputs, 2, segment_ids=document_bounds(segment_ids))
+    assert_same_bits(made_once, run(inputs, 2, segment_ids=segment_ids), what="bounds made beforehand")
+    check_block(inputs, heads=2, segment_ids=segment_ids, layouts=DOUT_LAYOUTS)
 
 
 @only_triton
