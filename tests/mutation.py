@@ -60,7 +60,7 @@ MUTATIONS = [
     _cross_entropy("ignored rows get a gradient", "dz = tl.where(ignored, 0.0, dz)", "dz = dz"),
     _cross_entropy("z-loss left out of the gradient", "(1.0 + 2.0 * z_loss * lse) / l_i", "1.0 / l_i"),
     _cross_entropy("upstream gradient of row 0", "dloss_ptr + row * dloss_stride_n", "dloss_ptr"),
-    _gemm("last K tile unmasked", "a = tl.load(a_ptrs, mask=mask_k[None, :], other=0.0)", "a = tl.load(a_ptrs)"),
+    _gemm("last K tile unmasked", "EVEN_K=K % config.block_k == 0", "EVEN_K=True"),
     _gemm("rotated the same way back", "mask=rotary, other=0.0) * SIGN", "mask=rotary, other=0.0)"),
     _gemm("positions run over sequences", "q_start + offs_m % T", "q_start + offs_m"),
     _gemm("rows past the end summed", "tl.sum(tl.where(mask, t, 0.0), 0)", "tl.sum(t, 0)"),

@@ -66,7 +66,7 @@ def test_chosen_configs_keep_to_the_limits_on_the_oldest_triton(tmp_path):
         f"results = static.examine([job for op in {SHIPPED!r} for job in static.jobs_of(op)], progress=False)\n"
         "bad = [f'{job}: {e}' for job, e in results.items() if isinstance(e, static.CompileError)]\n"
         "bad += [f'{budget.key(r)}: {t}' for r in static.rows_of(results) for t in budget.broken_limits(r)]\n"
-        "raise SystemExit('\\n'.join(bad))"
+        "raise SystemExit('\\n'.join(bad) or None)"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "kernels")])}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=590)
