@@ -1,8 +1,6 @@
 """TrainConfig: every choice of a training run, its presets, its command line. Imports no torch: --help is instant."""
 
-import contextlib
 import dataclasses
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ from typing import Literal
 
 import tyro
 
-from xiangxin_fast.errors import InputError
+from xiangxin_fast.errors import InputError, one_line_complaints
 
 
 @dataclass(frozen=True)
@@ -131,25 +129,10 @@ def _expect(condition: bool, expected: str, got: object) -> None:
         raise InputError(f"training: expected {expected}, got {got}")
 
 
-def _one_line(box: str) -> str:
-    """tyro's framed report of a bad command line as one line."""
-    lines = [line.strip(" │") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
-    rules = [i for i, line in enumerate(lines) if line.startswith("─")] or [len(lines)]
-    message = " ".join(lines[: rules[0]])
-    near = re.search(r"Perhaps you meant:.*?(--[\w-]+)", " ".join(lines), flags=re.DOTALL)
-    return message + (f"; perhaps you meant {near[1]}" if near else "")
-
-
 def parse(arguments: Sequence[str]) -> TrainConfig:
     """The configuration a command line asks for; InputError (one line, with the near match) where it does not fit."""
     named = re.search(r"--preset[ =](\S+)", " ".join(arguments))
     preset = PRESETS.get(named[1], {}) if named else {}
     default = TrainConfig(tyro.MISSING, tyro.MISSING, tyro.MISSING, **preset)
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(TrainConfig, prog="python train/run.py", default=default, args=list(arguments))
-    except SystemExit as end:
-        if not end.code:
-            raise
-        raise InputError(f"{_one_line(complaint.getvalue())} (--help lists the options)") from None
+    with one_line_complaints():
+        return tyro.cli(TrainConfig, prog="python train/run.py", default=default, args=list(arguments))

@@ -1,8 +1,11 @@
 """How the project tells a person that what they gave does not fit."""
 
+import contextlib
 import functools
+import io
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 class InputError(ValueError):
@@ -21,3 +24,25 @@ def exits_cleanly(main: Callable) -> Callable:
             sys.exit(2)
 
     return run
+
+
+def _one_line(box: str) -> str:
+    """tyro's framed report of a bad command line as one line."""
+    lines = [line.strip(" │") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    rules = [i for i, line in enumerate(lines) if line.startswith("─")] or [len(lines)]
+    message = " ".join(lines[: rules[0]])
+    near = re.search(r"Perhaps you meant:.*?(--[\w-]+)", " ".join(lines), flags=re.DOTALL)
+    return message + (f"; perhaps you meant {near[1]}" if near else "")
+
+
+@contextlib.contextmanager
+def one_line_complaints() -> Iterator[None]:
+    """Around tyro's parsing: a command line that does not fit raises InputError (with the near match), not a box."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            yield
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise InputError(f"{_one_line(complaint.getvalue())} (--help lists the options)") from None

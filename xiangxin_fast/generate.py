@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from .errors import InputError, exits_cleanly
+from .errors import InputError, exits_cleanly, one_line_complaints
 
 if TYPE_CHECKING:
     from .generator import Step, Stream
@@ -282,7 +282,8 @@ def run(arguments: Arguments) -> None:
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = tyro.cli(Arguments, args=argv, prog=PROGRAM, config=(tyro.conf.FlagCreatePairsOff,))
+    with one_line_complaints():
+        arguments = tyro.cli(Arguments, args=argv, prog=PROGRAM, config=(tyro.conf.FlagCreatePairsOff,))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
     try:
