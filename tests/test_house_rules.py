@@ -1,4 +1,4 @@
-"""The rules of DESIGN.md and CONTRIBUTING.md that a machine can hold."""
+"""The rules of CONTRIBUTING.md that a machine can hold."""
 
 import ast
 import importlib.util

@@ -1,4 +1,4 @@
-"""What ruff cannot know about kernels: each rule of DESIGN.md that a syntax tree can show, and proof that it bites."""
+"""What ruff cannot know about kernels: each rule for kernels that a syntax tree can show, and proof that it bites."""
 
 import ast
 from collections.abc import Iterator

@@ -14,7 +14,7 @@ Method    Two ways behind each op, of which `fuses_gemm` knows the faster: one T
           accumulator, or cuBLAS and one elementwise kernel with the same epilogue on what cuBLAS wrote. On sm_90 the
           Triton GEMM is persistent and loads through tensor descriptors, on sm_80 through pipelined pointers.
 Numerics  epilogues in fp32; the first way rounds once, the second rounds t to the dtype in between, as plain torch
-          does. A row's bits do not depend on how many rows there are
+          does. In the first a row's bits do not depend on how many rows there are; cuBLAS promises no such thing
 Limits    a, b, out of one dtype out of fp32, fp16, bf16; last axes contiguous, row strides free; D, R even
 Source    the GELU of mlp.py, the rotary embedding of attention.py
 """
