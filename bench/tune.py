@@ -36,7 +36,9 @@ from bench.static_cases import CHECKS, OPS
 from bench.static_compile import CompileError, Job, find_case, forced
 from xiangxin_fast.errors import InputError, exits_cleanly
 
-STARTUP_S = 300  # of a child: imports, compiling and judging every candidate
+DRY_RUN_S = 300  # of a sweep in the interpreter
+# Of a sweep's seconds: judging, which compiles, ends after this share, and timing takes the next. The rest is imports.
+JUDGING, TIMING = 0.5, 0.3
 
 Config = tuple[tuple[str, Any], ...] | None  # None: what `_tuning.py` chooses
 
@@ -67,20 +69,21 @@ def rejected(outcome: list[static.Row] | CompileError) -> str:
 def sweep(
     case: str, configs: list[Config], seconds: float, dry_run: bool, command: Sequence[str] = ("-m", "bench.tune")
 ) -> list[Result]:
-    """Times `configs` in a child process, and again without the one that killed it; seconds are of the whole sweep."""
+    """Times `configs` in a child process, and again without the one that killed it. It ends within `seconds`."""
     results: list[Result] = []
-    remaining, ends = list(configs), time.monotonic() + seconds + STARTUP_S
+    remaining, ends = list(configs), time.monotonic() + seconds
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     if dry_run:
         environment |= {"TRITON_INTERPRET": "1"}
     while remaining:
-        task = json.dumps({"case": case, "configs": remaining, "seconds": seconds, "dry_run": dry_run})
+        left_s = ends - time.monotonic()
+        task = json.dumps({"case": case, "configs": remaining, "seconds": left_s, "dry_run": dry_run})
         child = subprocess.Popen(
             [sys.executable, *command, "--child", task], env=environment, stdout=subprocess.PIPE, text=True
         )
         judging = None
         try:
-            output, _ = child.communicate(timeout=max(10.0, ends - time.monotonic()))
+            output, _ = child.communicate(timeout=max(0.0, left_s))
             reason = f"the child process died (exit code {child.returncode})"
         except subprocess.TimeoutExpired:
             child.kill()
@@ -120,7 +123,9 @@ def _tensors(job_case, shape: Shape, device: torch.device) -> dict[str, Tensor]:
 
 
 def child(task: dict[str, Any], out) -> None:
-    """Judges every config, then times those that passed; a line on `out` before each verdict and for each result."""
+    """Judges the configs while there is time, then times those that passed; a line on `out` before each verdict and
+    for each result."""
+    judging_ends = time.monotonic() + JUDGING * task["seconds"]
     device = torch.device("cpu" if task["dry_run"] else "cuda")
     shape = SHAPES["tiny" if task["dry_run"] else "phi"]
     judged_shape = shape if task["dry_run"] else dataclasses.replace(shape, B=1, T=391)  # no multiple of any tile
@@ -131,6 +136,9 @@ def child(task: dict[str, Any], out) -> None:
         print(json.dumps({"config": config, **record}), file=out, flush=True)
 
     for config in map(_config, task["configs"]):
+        if passed and time.monotonic() > judging_ends:
+            say(config, reason="not tried: out of time")
+            continue
         say(config, judging=True)
         verdicts: list[dict] = []
         try:
@@ -154,7 +162,8 @@ def child(task: dict[str, Any], out) -> None:
         return run
 
     names = {str(config): config for config in passed}
-    timings, failed = interleaved({name: turn(config) for name, config in names.items()}, device, task["seconds"])
+    turns = {name: turn(config) for name, config in names.items()}
+    timings, failed = interleaved(turns, device, 0.0 if task["dry_run"] else TIMING * task["seconds"])
     for name, config in names.items():
         if name in timings:
             t = timings[name]
@@ -216,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             outcomes = static.examine(list(jobs), workers=max(2, (os.cpu_count() or 2) // 2), progress=False)
             refused = [Result(jobs[job], reason=text) for job, rows in outcomes.items() if (text := rejected(rows))]
             left = 60 * a.minutes - (time.monotonic() - started)
-            share = 0.0 if a.dry_run else max(1.0, left / (len(cases) - done) / 2)  # half goes to compiling and judging
+            share = DRY_RUN_S if a.dry_run else left / (len(cases) - done)
             kept = [config for config in configs if config not in {r.config for r in refused}]
             report(console, case, arch, sweep(case, kept, share, a.dry_run) + refused, _where(device, a.dry_run))
             bar.advance(task)

@@ -1,6 +1,7 @@
 """bench.tune: what the static bound rules out, and how a sweep survives its candidates."""
 
 import dataclasses
+import io
 import json
 
 import pytest
@@ -37,15 +38,33 @@ def test_a_candidate_that_kills_its_process_costs_only_itself():
         "    if c == [['block_m', 32]]: os._exit(7)\n"
         "for c in configs: say(c, median=1.0, p20=0.9, p80=1.1)\n"
     )
-    results = {r.config: r for r in tune.sweep("case", [A, B, C], 0.0, False, _child(body))}
+    results = {r.config: r for r in tune.sweep("case", [A, B, C], 60.0, False, _child(body))}
     assert results[B].reason == "the child process died (exit code 7)"
     assert results[A].median == results[C].median == 1.0
 
 
 def test_a_death_while_timing_is_told_of_every_candidate_without_a_time():
     body = "for c in configs: say(c, judging=True)\nsay(configs[0], reason='wrong')\nos._exit(7)"
-    results = tune.sweep("case", [A, B], 0.0, False, _child(body))
+    results = tune.sweep("case", [A, B], 60.0, False, _child(body))
     assert [(r.config, r.reason) for r in results] == [(A, "wrong"), (B, "the child process died (exit code 7)")]
+
+
+def test_a_sweep_ends_when_its_time_is_out():
+    body = "import time\nsay(configs[0], reason='wrong')\ntime.sleep(600)"
+    results = tune.sweep("case", [A, B], 2.0, False, _child(body))
+    assert [r.config for r in results if r.reason == "out of time"][-1] == B
+
+
+def test_what_there_is_no_time_to_judge_is_said_and_not_tried(monkeypatch):
+    judged, answers = [], io.StringIO()
+    monkeypatch.setattr(tune, "check", lambda *arguments: judged.append(1) or arguments[-1]({"passed": True}))
+    monkeypatch.setattr(tune, "interleaved", lambda turns, *rest: ({}, dict.fromkeys(turns, "not timed")))
+    monkeypatch.setattr(tune, "_tensors", lambda *arguments: {})
+    configs = tune.candidates("layer_norm/fwd", 80)[:3]
+    tune.child({"case": "layer_norm/fwd", "configs": configs, "seconds": 0.0, "dry_run": True}, answers)
+    reasons = [json.loads(line).get("reason") for line in answers.getvalue().splitlines()]
+    assert len(judged) == 1
+    assert reasons.count("not tried: out of time") == len(configs) - 1
 
 
 def test_a_forced_config_reaches_the_launcher_and_leaves_no_trace():
@@ -60,7 +79,7 @@ def test_a_forced_config_reaches_the_launcher_and_leaves_no_trace():
 
 @pytest.mark.slow
 def test_dry_run_judges_and_times_in_the_interpreter():
-    results = tune.sweep("layer_norm/fwd", tune.candidates("layer_norm/fwd", 80)[:2], 0.0, True)
+    results = tune.sweep("layer_norm/fwd", tune.candidates("layer_norm/fwd", 80)[:2], tune.DRY_RUN_S, True)
     assert [r.config for r in results] == tune.candidates("layer_norm/fwd", 80)[:2]
     assert all(r.median > 0 for r in results), results
 
