@@ -188,6 +188,32 @@ def test_writes_the_cache_at_the_positions_and_nowhere_else():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_one_slot_are_steps_of_one_sequence(dtype):
+    """Verifying three drafted tokens at once gives, to the bit, what three decode steps give."""
+    inputs = block_inputs(dtype, torch.tensor([7, 8, 9]))
+    caches = {name: inputs[name][:2].clone() for name in ("k_cache", "v_cache")}
+    slots = torch.tensor([1, 1, 1])
+    together = appended(decode_block)(**inputs | caches, slots=slots)
+    steps = []
+    for row in range(3):
+        step = row_of(inputs, row, ("x", "positions")) | caches
+        out, *appended_to = appended(decode_block)(**step, slots=slots[:1])
+        caches = dict(zip(caches, appended_to, strict=True))
+        steps.append(out)
+    assert_same_bits([torch.cat(steps), *caches.values()], list(together), what="one by one")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_slots(dtype):
+    """Rows may stand anywhere in a larger cache."""
+    inputs = block_inputs(dtype, POSITIONS)
+    slots = torch.tensor([6, 2, 0, 3, 5])
+    for name in ("k_cache", "v_cache"):
+        inputs[name] = torch.cat([inputs[name], inputs[name][:3] * 2])
+    check_op(appended(decode_block), appended(decode_block_ref), inputs | {"slots": slots}, wrt=(), name="decode_block")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_steps_give_what_the_whole_sequence_gives(dtype):
     """Row t of `parallel_block` is decode step t: the two layouts of keys agree, and so do their positions."""
     T = 40
@@ -214,6 +240,7 @@ class TestErrors:
             ({"lengths": torch.tensor([1, 2])}, "5 lengths"),
             ({"v_cache": torch.zeros(5, 95, 3, 80)}, "expected caches"),
             ({"q": torch.zeros(5, 2, 80)}, "expected caches"),
+            ({"slots": torch.tensor([0, 1, 2, 3, 5])}, "5 slots in 0..4, got"),
         ],
     )
     def test_attention(self, change, message):
