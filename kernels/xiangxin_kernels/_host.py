@@ -3,6 +3,7 @@
 import inspect
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -41,6 +42,13 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+def _on_device(device: torch.device) -> AbstractContextManager:
+    """Makes `device` the current one, on which Triton launches; nothing, and at no cost, where it is already."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return nullcontext()
+
+
 def kernel_op(*, mutates: tuple[str, ...]) -> Callable:
     """Registers a launcher `_name(tensors..., numbers...) -> None` as the op `xiangxin::name` and returns the op.
 
@@ -56,9 +64,10 @@ def kernel_op(*, mutates: tuple[str, ...]) -> Callable:
         written = [list(parameters).index(argument) for argument in mutates]
 
         def run(*arguments) -> None:
-            launch(*arguments)
-            outputs = [arguments[i] for i in written if arguments[i] is not None and not arguments[i].is_inference()]
-            torch.autograd.graph.increment_version(outputs)
+            outputs = [arguments[i] for i in written if arguments[i] is not None]
+            with _on_device(outputs[0].device):
+                launch(*arguments)
+            torch.autograd.graph.increment_version([out for out in outputs if not out.is_inference()])
 
         _library.define(name + torch.library.infer_schema(launch, mutates_args=mutates))
         for key in ("CPU", "CUDA"):

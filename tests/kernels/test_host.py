@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from xiangxin_kernels import _host, layer_norm
 from xiangxin_kernels._host import as_rows, check_dtypes, kernel_op
 
 from tests.op_contract import assert_compiles_without_clones
@@ -91,3 +92,23 @@ def test_dtypes_are_named():
         check_dtypes("op", x=x, y=x.half())
     with pytest.raises(ValueError, match=r"op: expected x in float32, float16 or bfloat16, got torch\.int64"):
         check_dtypes("op", x=x.long())
+
+
+def test_kernels_launch_on_the_device_of_their_tensors(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    other = _host._on_device(torch.device("cuda", 1))
+    assert isinstance(other, torch.cuda.device)
+    assert other.idx == 1
+    for here in (torch.device("cuda", 0), torch.device("cpu")):
+        assert not isinstance(_host._on_device(here), torch.cuda.device)
+
+
+@pytest.mark.gpu
+def test_a_launch_leaves_the_current_device_alone():
+    last = torch.cuda.device_count() - 1
+    x = torch.randn(4, 64, device=f"cuda:{last}")
+    with torch.cuda.device(0):
+        y = layer_norm(x, x[0], x[1], 1e-5)
+        assert torch.cuda.current_device() == 0
+    assert y.device == x.device
+    assert y.isfinite().all()
