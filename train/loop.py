@@ -30,7 +30,7 @@ from xiangxin_fast.tokenizer import Tokenizer
 from . import checkpoint, parallel
 from .config import TrainConfig
 from .data import IGNORED, Batch, TokenDataset
-from .metrics import Display, RunLog, environment, terminal
+from .metrics import Display, JsonLines, RunInfo, RunLog, TensorBoard, environment, read_metrics, terminal
 from .optim import adamw, learning_rate, named_tensors, set_step
 
 
@@ -77,7 +77,10 @@ def train(config: TrainConfig) -> Outcome:
     config.out.mkdir(parents=True, exist_ok=True)
     write_json(config.out / "config.json", {"training": config.to_json(), "model": asdict(model.config)})
     write_json(config.out / "environment.json", environment())
-    log = RunLog(config.out, position.step, console)
+    kept = [record for record in read_metrics(config.out) if record["step"] <= position.step]
+    validated = {record["step"] for record in kept if "val_loss" in record}
+    info = RunInfo(config.out, position.step, config, model.config, 1, str(device), console)
+    log = RunLog(info, (JsonLines, TensorBoard, Display))
     saved = position.step
     begun = time.monotonic() - position.seconds
 
@@ -89,7 +92,7 @@ def train(config: TrainConfig) -> Outcome:
             saved = position.step
 
     batches = data.batches(position.sample, config.batch, config.steps * config.batch)
-    with _stop_signals() as stop, closing(batches), closing(log), Display(console) as display:
+    with _stop_signals() as stop, closing(batches), closing(log):
         while True:
             position.seconds = time.monotonic() - begun
             progress = position.progress(config)
@@ -97,10 +100,9 @@ def train(config: TrainConfig) -> Outcome:
                 save()  # before the validation, which may fail
             if stop.is_set():
                 return Outcome(position.step, False, config.out / "model")
-            if (position.step % config.validate_every == 0 or progress == 1) and position.step not in log.validated:
+            if (position.step % config.validate_every == 0 or progress == 1) and position.step not in validated:
                 record = {"step": position.step, "val_loss": evaluate(model, held_out, config)}
-                log.write(record)
-                display.update(progress, record)
+                log.write(record | {"tokens": position.tokens, "progress": progress})
             if progress == 1:
                 break
             lr = learning_rate(position.progress(config, step=1), config)
@@ -115,9 +117,9 @@ def train(config: TrainConfig) -> Outcome:
                 "epoch": position.sample / len(data),
                 "seconds": position.seconds,
                 "eta_seconds": position.seconds * (1 / progress - 1),
+                "progress": progress,
             }
             log.write(record)
-            display.update(progress, record)
         save_pretrained(model, config.out / "model", tokenizer)
     return Outcome(position.step, True, config.out / "model")
 

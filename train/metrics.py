@@ -1,4 +1,25 @@
-"""What a run tells: metrics.jsonl and TensorBoard in its directory, a progress bar or plain lines on the terminal."""
+"""What a run tells, and to whom: records and events go to every sink; one that fails never stops training.
+
+A record is one optimizer step, or one validation; all values are numbers (loss and grad_norm may be NaN):
+    step                        1 is the first update
+    loss                        nats per token, the mean over all valid targets of the global batch
+    grad_norm, lr               global norm before clipping; rate of this update
+    skipped                     1 where loss or gradient were not finite and no parameter changed, else 0
+    tokens                      seen since the run began, over all its starts
+    epoch                       samples drawn / samples there are, in all sources together
+    progress                    0..1 of the run
+    tokens_per_second           of all ranks together
+    seconds, eta_seconds        spent in the loop so far, and left at this rate
+    step_seconds                between the ends of the step before and of this one, which is about
+        data_seconds              waiting for samples
+        forward_backward_seconds  gradients, their reduction included
+        optimizer_seconds         norm, clipping, AdamW
+        other_seconds             checkpoint snapshots, validation, the loop itself
+    memory_bytes                peak since the start on rank 0: of the device's allocator, or of the process on a CPU
+    val_loss                    of a validation, whose records have only this, step, tokens and progress
+An event is something that happens rarely: {"event": kind, "step", "time" (ISO 8601, UTC), ...}. Kinds: start, save,
+save_failed, rejected, skip, spike, rewind, replicas, stop, finish. They stay in events.jsonl when a run is resumed.
+"""
 
 import json
 import os
@@ -6,17 +27,25 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from datetime import timedelta
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from xiangxin_fast.config import PhiConfig
+
+from .config import TrainConfig
+
 METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
 PLAIN_SECONDS = 10.0  # between lines where there is no terminal to draw a bar on
+SHOWN = ("save_failed", "rejected", "skip", "spike", "rewind", "replicas")  # events worth a line on the terminal
 SMOOTHING = 0.9  # of the loss shown; what is written is as measured
 
 
@@ -70,55 +99,87 @@ def _cpu() -> str:
         return platform.processor()
 
 
-class JsonLines:
-    """Appends records to metrics.jsonl, one line each, written through."""
+class Sink(Protocol):
+    """Somewhere that records and events go. May raise what it likes: RunLog then leaves it out and says so once."""
 
-    def __init__(self, run: Path):
-        self._stream = (run / METRICS).open("a", encoding="utf-8", buffering=1)
+    def write(self, record: dict) -> None: ...
+
+    def event(self, event: dict) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a sink may want to know when it is opened."""
+
+    run: Path  # the run directory
+    step: int  # updates made before this start; records up to here are on file
+    config: TrainConfig
+    model: PhiConfig
+    ranks: int
+    device: str  # name of rank 0's GPU, or "cpu"
+    console: Console
+
+
+class JsonLines:
+    """Appends records to metrics.jsonl and events to events.jsonl, one line each, written through."""
+
+    def __init__(self, info: RunInfo):
+        """Drops records after the step that the run goes on from, which it will write again: curves do not double."""
+        kept = [record for record in read_metrics(info.run) if record["step"] <= info.step]
+        partial = info.run / f"{METRICS}.partial"
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        os.replace(partial, info.run / METRICS)
+        self._records = (info.run / METRICS).open("a", encoding="utf-8", buffering=1)
+        self._events = (info.run / EVENTS).open("a", encoding="utf-8", buffering=1)
 
     def write(self, record: dict) -> None:
-        self._stream.write(json.dumps(record) + "\n")
+        self._records.write(json.dumps(record) + "\n")
+
+    def event(self, event: dict) -> None:
+        self._events.write(json.dumps(event) + "\n")
 
     def close(self) -> None:
-        self._stream.close()
+        self._records.close()
+        self._events.close()
 
 
 class TensorBoard:
-    """Writes records to RUN/tb; what was written there after `step` no longer shows."""
+    """Writes records to RUN/tb; what was written there after the step that the run goes on from no longer shows."""
 
-    def __init__(self, run: Path, step: int):
+    def __init__(self, info: RunInfo):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and an extra
 
-        self._writer = SummaryWriter(str(run / "tb"), purge_step=step + 1)
+        self._writer = SummaryWriter(str(info.run / "tb"), purge_step=info.step + 1)
 
     def write(self, record: dict) -> None:
-        for name in record.keys() - {"step", "epoch"}:
+        for name in record.keys() - {"step"}:
             self._writer.add_scalar(name, record[name], record["step"])
+
+    def event(self, event: dict) -> None:
+        self._writer.add_text("events", json.dumps(event), event["step"])
 
     def close(self) -> None:
         self._writer.close()
 
 
 class RunLog:
-    """Gives the records of a run to its sinks. One that fails is reported once and left out: training never stops."""
+    """Gives the records and events of a run to its sinks; one that fails is reported once and left out."""
 
-    def __init__(self, run: Path, step: int, console: Console):
-        """Drops records after `step`, which a resumed run will write again: curves do not double back.
-
-        `validated`: the steps whose validation loss was on record already.
-        """
-        kept = [record for record in read_metrics(run) if record["step"] <= step]
-        self.validated = {record["step"] for record in kept if "val_loss" in record}
-        partial = run / f"{METRICS}.partial"
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(partial, run / METRICS)
-        self._console, self._sinks = console, []
-        for opened in (lambda: JsonLines(run), lambda: TensorBoard(run, step)):
-            self._guarded(lambda opened=opened: self._sinks.append(opened()))
+    def __init__(self, info: RunInfo, sinks: Sequence[Callable[[RunInfo], Sink]]):
+        self._console, self._sinks = info.console, []
+        for opener in sinks:
+            self._guarded(lambda opener=opener: self._sinks.append(opener(info)))
 
     def write(self, record: dict) -> None:
-        """One record: "step" and numbers by name."""
+        """One record, as the module's docstring lists them."""
         self._sinks = [sink for sink in self._sinks if self._guarded(lambda sink=sink: sink.write(record))]
+
+    def event(self, kind: str, step: int, **details: object) -> None:
+        """Something that happens rarely; `details` are JSON values."""
+        event = {"event": kind, "step": step, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **details}
+        self._sinks = [sink for sink in self._sinks if self._guarded(lambda sink=sink: sink.event(event))]
 
     def close(self) -> None:
         for sink in self._sinks:
@@ -136,24 +197,25 @@ class RunLog:
 class Display:
     """Shows how far training is: a bar on a terminal, a line every few seconds elsewhere."""
 
-    def __init__(self, console: Console):
-        self.console = console
+    def __init__(self, info: RunInfo):
+        self.console = info.console
         self._plain_at, self._loss, self._rate, self._val = 0.0, None, None, None
         columns = (BarColumn(bar_width=10), TaskProgressColumn(), TextColumn("{task.fields[text]}"))
-        self._bar = Progress(*columns, console=console) if console.is_terminal else None
-
-    def __enter__(self) -> "Display":
+        self._bar = Progress(*columns, console=self.console) if self.console.is_terminal else None
         if self._bar:
             self._bar.start()
             self._task = self._bar.add_task("Training", total=1.0, text="")
-        return self
 
-    def __exit__(self, *_) -> None:
+    def event(self, event: dict) -> None:
+        if event["event"] in SHOWN:
+            self.console.print(_sentence(event), markup=False, highlight=False)
+
+    def close(self) -> None:
         if self._bar:
             self._bar.stop()
 
-    def update(self, progress: float, record: dict) -> None:
-        """`progress` 0..1 of the run, and the newest record."""
+    def write(self, record: dict) -> None:
+        progress = record["progress"]
         self._val = record.get("val_loss", self._val)
         if "loss" in record:
             self._loss = _smoothed(self._loss, record["loss"])
@@ -169,6 +231,11 @@ class Display:
         elif "val_loss" in record or time.monotonic() - self._plain_at >= PLAIN_SECONDS:
             self._plain_at = time.monotonic()
             self.console.print(f"{progress:4.0%}  {text}", markup=False, highlight=False)
+
+
+def _sentence(event: dict) -> str:
+    details = ", ".join(f"{name} {value}" for name, value in event.items() if name not in ("event", "step", "time"))
+    return f"step {event['step']:,}: {event['event']}" + (f": {details}" if details else "")
 
 
 def _smoothed(old: float | None, new: float) -> float:
