@@ -1,8 +1,7 @@
 """Training steps of the full model: bf16 weights with fp32 masters under fused AdamW, on one device.
 
-FLOPs per token count matrix products alone, forward once and backward twice: 6 per weight of the layers and the head
-(the embedding is a look-up), and for the scores and their use of the values 12 L C T with full attention or half of it
-with the causal half. MFU divides by the device's datasheet rate; beside it stands the share of the measured ceiling.
+MFU divides the FLOPs of PhiConfig.flops_per_token by the device's datasheet rate; beside it stands the share of the
+measured ceiling.
 """
 
 import gc
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from xiangxin_fast.config import PhiConfig
 from xiangxin_fast.model import Phi
 
-from .case import Shape, compiled, layer_weights
+from .case import Shape, compiled
 from .hugging_face import causal_lm
 from .measure import datasheet_flops, interleaved
 
@@ -25,13 +24,6 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 MICRO_BATCHES = (16, 8, 4, 2, 1)
 NUMBERS_PER_GROUP = 1 << 28  # of the gradients that are fp32 at one time
 LEARNING_RATE = 1e-4
-
-
-def flops_per_token(config: PhiConfig, T: int) -> tuple[float, float]:
-    """Training FLOPs of one token of a sequence of T: (causal half of the attention, full attention)."""
-    weights = config.layers * layer_weights(config) + config.vocab * config.channels
-    scores = 12.0 * config.layers * config.channels * T
-    return 6.0 * weights + scores / 2, 6.0 * weights + scores
 
 
 class MasterAdamW:
@@ -161,7 +153,7 @@ def _steps(work, loss, optimizer: MasterAdamW, batch: tuple[Tensor, Tensor]) -> 
 
     B, T = batch[0].shape
     step_s = timings["step"].median / 1e3
-    causal, full = flops_per_token(work.shape.config, T)
+    causal, full = work.shape.config.flops_per_token(T)
     tokens_per_s = B * T / step_s
     record = {
         "ms": timings["step"].median,

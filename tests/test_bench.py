@@ -21,7 +21,6 @@ from bench.numerics import compare
 from bench.peers import PEERS, reference
 from bench.races import parse_sanitizer
 from bench.runner import run_case
-from bench.train_step import flops_per_token
 from xiangxin_fast.errors import InputError
 from xiangxin_fast.reference import PhiReference
 
@@ -109,7 +108,7 @@ def test_training_flops_are_those_that_torch_counts():
     tokens = torch.randint(config.vocab, (B, T))
     with FlopCounterMode(display=False) as counter:
         PhiReference(config).loss(tokens, tokens).backward()
-    causal, full = flops_per_token(config, T)
+    causal, full = config.flops_per_token(T)
     assert counter.get_total_flops() == full * B * T
     assert full - causal == 6 * config.layers * config.channels * T
 

@@ -43,6 +43,17 @@ class PhiConfig:
         layer = 2 * C + (3 * C + F) * (C + 1) + C * (C + F) + 2 * C
         return (1 if self.tied_head else 2) * V * C + V + 2 * C + self.layers * layer
 
+    def flops_per_token(self, T: int) -> tuple[float, float]:
+        """Training FLOPs of one token of a sequence of T: (causal half of the attention, full attention).
+
+        Matrix products alone, forward once and backward twice: 6 per weight of the layers and the head (the embedding
+        is a look-up), and for the scores and their use of the values 12 L C T, or half of it.
+        """
+        C, F = self.channels, self.mlp_hidden
+        weights = self.layers * ((3 * C + F) * C + C * (C + F)) + self.vocab * C
+        scores = 12.0 * self.layers * C * T
+        return 6.0 * weights + scores / 2, 6.0 * weights + scores
+
     @staticmethod
     def from_preset(name: str) -> "PhiConfig":
         """The preset called `name`; InputError names the known ones."""
