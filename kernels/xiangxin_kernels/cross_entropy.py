@@ -276,7 +276,7 @@ def _workspace(x: Tensor, V: int, chunk_rows: int | None) -> Tensor:
     """Uninitialised logits [rows, V] of one chunk: even chunks, whole tiles of 128 rows, within the workspace."""
     N = max(x.shape[0], 1)
     if chunk_rows is None:
-        fit = (CPU_WORKSPACE_BYTES if x.device.type == "cpu" else WORKSPACE_BYTES) // (V * x.element_size())
+        fit = (WORKSPACE_BYTES if use_triton(x) else CPU_WORKSPACE_BYTES) // (V * x.element_size())
         fit = max(fit // 128, 1) * 128
         chunk_rows = triton.cdiv(triton.cdiv(N, triton.cdiv(N, fit)), 128) * 128
     return x.new_empty(min(chunk_rows, N), V)
