@@ -11,6 +11,7 @@ The launch itself (arguments, grid, warps) is taken from the launcher, so that w
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -132,6 +133,7 @@ ATTENTION_CANDIDATES = {
 
 
 def attention(s: Shape) -> list[Case]:
+    """Forward and backward; "block": the backward as parallel_block has it, with pairs rotated back and column sums."""
     B, T, H, D, R = s.B, s.T, s.config.heads, s.config.head_dim, s.config.rotary_dim
     module, scale = _kernels("attention"), s.config.head_dim**-0.5
     rows = ("q", "k", "v", "out", "copy", "dout", "dq", "dk", "dv")
@@ -142,6 +144,8 @@ def attention(s: Shape) -> list[Case]:
             {name: new(B, T, H, D) for name in rows}
             | {name: new(B, H, T, dtype=torch.float32) for name in ("lse", "delta")}
             | {name: new(T, R // 2, dtype=torch.float32) for name in ("cos", "sin")}
+            | {"dq_sums": new(B * T // 16, H, D, dtype=torch.float32)}
+            | {"dkv_sums": new(2, B * T // 16, H, D, dtype=torch.float32)}
         )
 
     def forward(t: dict[str, Tensor]) -> None:
@@ -149,10 +153,11 @@ def attention(s: Shape) -> list[Case]:
             t["q"], t["k"], t["v"], None, None, None, t["out"], t["copy"], t["lse"], scale, 0
         )  # fmt: skip
 
-    def backward(t: dict[str, Tensor]) -> None:
+    def backward(t: dict[str, Tensor], block: bool) -> None:
         names = ("q", "k", "v", "out", "dout", "lse", "cos", "sin")
-        written = ("dq", "dk", "dv", "delta")
-        module._attention_bwd(*(t[n] for n in names), None, *(t[n] for n in written), scale)
+        written = [t[name] for name in ("dq", "dk", "dv", "delta")]
+        sums = (t["dq_sums"], t["dkv_sums"]) if block else (None, None)
+        module._attention_bwd(*(t[n] for n in names), None, *written, *sums, scale, block)
 
     def by_query_tile(a: Arguments) -> tuple[int, int]:
         full = [(start + 1) // a["BLOCK_N"] for start in range(0, T, a["BLOCK_M"])]
@@ -169,9 +174,9 @@ def attention(s: Shape) -> list[Case]:
             full += math.ceil(T / a["BLOCK_M"]) - end
         return B * H * diagonal, B * H * full
 
-    def case(part: str, launch: Callable, products: int, moved: int, trips: Callable) -> Case:
+    def case(part: str, launch: Callable, products: int, moved: int, trips: Callable, block: bool = False) -> Case:
         return Case(
-            name=f"attention/{part}",
+            name=f"attention/{'block_' if block else ''}{part}",
             module=module,
             chooser="choose_attention",
             tensors=tensors,
@@ -181,14 +186,15 @@ def attention(s: Shape) -> list[Case]:
                     bytes=moved * tensor_bytes, flops=2 * products * pairs * D, trips=trips
                 )
             },
-            candidates=ATTENTION_CANDIDATES[part],
+            candidates={} if block else ATTENTION_CANDIDATES[part],
         )
 
-    return [
-        case("fwd", forward, 2, 5, by_query_tile),
-        case("bwd_dq", backward, 3, 6, by_query_tile),
-        case("bwd_dkv", backward, 4, 6, by_key_tile),
+    backwards = [
+        case(part, partial(backward, block=block), products, 6, trips, block)
+        for block in (False, True)
+        for part, products, trips in (("bwd_dq", 3, by_query_tile), ("bwd_dkv", 4, by_key_tile))
     ]
+    return [case("fwd", forward, 2, 5, by_query_tile), *backwards]
 
 
 CROSS_ENTROPY_CANDIDATES = tuple(
@@ -258,7 +264,7 @@ def gemm(s: Shape) -> list[Case]:
     # Of each epilogue: columns of the output, K, bytes of operands and results in units of M rows, and the call.
     def arguments(epilogue: str, t: dict[str, Tensor]) -> tuple:
         y, p, z, w_in, b_in = (t[name] for name in ("y", "p", "z", "w_in", "b_in"))
-        rotary = (t["cos"], t["sin"], C // H, s.T, 0, 1)
+        rotary = (t["cos"], t["sin"], C // H, s.T, 0)
         return {
             "rotary": (module.ROTARY, y, w_in[: 2 * C], p[:, : 2 * C], True, None, b_in[: 2 * C], None, rotary, None),
             "bias": (module.BIAS, y, w_in[:C], p[:, :C], True, None, b_in[:C], None, None, None),

@@ -3,16 +3,24 @@
 With s = log2(e) * scale * q k^T, p = exp2(s - lse) and delta = sum_d(dout * out):
     dv = p^T dout      ds = p * (dout v^T - delta)      dq = scale * ds k      dk = scale * ds^T q
 dq is accumulated by rows, dk and dv by columns, each in its own kernel: no atomics, so the same bits every time. Both
-recompute q k^T and dout v^T, so that 7 products are issued where 5 are counted.
+recompute q k^T and dout v^T, so that 7 products are issued where 5 are counted. Where wanted, each program also leaves
+the column sums of its tile of dq, or of dk and dv: added up in order they are the gradients of a projection's biases.
 
 In a row whose softmax is nearly one-hot, dp and delta cancel. The roundings of out and lse, which 16-bit gradients do
-not notice, are then most of an fp32 gradient's error; for it (WIDE) a first pass over the keys sums p and p * dp.
+not notice, are then most of an fp32 gradient's error; for it (WIDE) a first pass over the keys sums p and p * dp. The
+first row of a document sees one key, where p = 1 and dp = delta. Its ds is p * (dp - dp): 0, or NaN as in torch.
 """
 
 import triton
 import triton.language as tl
 
 from ._attention_fwd import _load_tile, _product, _rotate, _store_tile, _tile_and_head
+
+
+@triton.jit
+def _store_sums(sums_ptr, offs_d, x, valid):
+    """The column sums of the `valid` rows of x."""
+    tl.store(sums_ptr + offs_d, tl.sum(tl.where(valid[:, None], x, 0.0), 0))
 
 
 @triton.jit
@@ -73,7 +81,11 @@ def _accumulate_dq(
             sum_p += tl.sum(p, 1)
             delta += tl.sum(p * dp, 1)
         else:
-            ds = (p * (dp - delta[:, None])).to(k_main.dtype)
+            if DIAGONAL:
+                dp -= tl.where((position == doc_start)[:, None], dp, delta[:, None])
+            else:
+                dp -= delta[:, None]
+            ds = (p * dp).to(k_main.dtype)
             dq_main = tl.dot(ds, k_main, dq_main, input_precision="ieee")
             if D_TAIL > 0:
                 dq_tail = tl.dot(ds, k_tail, dq_tail, input_precision="ieee")
@@ -141,6 +153,7 @@ def _attention_bwd_dq_kernel(
     doc_start_ptr,
     dq_ptr,
     delta_ptr,
+    sums_ptr,
     q_stride_b,
     q_stride_t,
     q_stride_h,
@@ -165,6 +178,7 @@ def _attention_bwd_dq_kernel(
     scale,
     scale_log2,
     R: tl.constexpr,
+    PAIRS: tl.constexpr,
     D_MAIN: tl.constexpr,
     D_TAIL: tl.constexpr,
     DOCUMENTS: tl.constexpr,
@@ -173,7 +187,7 @@ def _attention_bwd_dq_kernel(
     BLOCK_N: tl.constexpr,
     HEADS_PER_GROUP: tl.constexpr,
 ):
-    """dq, and delta for the kernel of dk and dv, which runs after this one."""
+    """dq, and delta for the kernel of dk and dv, which runs after this one; sums [B, tiles, H, D] if given."""
     tiles = tl.cdiv(T, BLOCK_M)
     index, bh = _tile_and_head(tl.program_id(0), tiles, B * H, HEADS_PER_GROUP)
     start_m = (tiles - 1 - index) * BLOCK_M
@@ -212,7 +226,7 @@ def _attention_bwd_dq_kernel(
     full_start = 0
     full_end = (start_m + 1) // BLOCK_N * BLOCK_N
     hi = tl.minimum(start_m + BLOCK_M, T)
-    doc_start = position
+    doc_start = tl.zeros([BLOCK_M], tl.int32)
     if DOCUMENTS:
         doc_start_ptr += batch * T
         doc_start = tl.load(doc_start_ptr + start_m + offs_m, mask=mask_m, other=0)
@@ -249,10 +263,15 @@ def _attention_bwd_dq_kernel(
     dq_main *= scale
     dq_tail *= scale
     if R > 0:
-        dq_main, dq_tail = _rotate(dq_main, dq_tail, position, mask_m, cos_ptr, sin_ptr, -1, R, D_MAIN, D_TAIL)
+        dq_main, dq_tail = _rotate(dq_main, dq_tail, position, mask_m, cos_ptr, sin_ptr, -1, PAIRS, R, D_MAIN, D_TAIL)
     _store_tile(dq_ptr, start_m, dq_stride_t, offs_m, offs_main, T, dq_main)
     if D_TAIL > 0:
         _store_tile(dq_ptr, start_m, dq_stride_t, offs_m, offs_tail, T, dq_tail)
+    if sums_ptr is not None:
+        sums_ptr += ((batch * tiles + start_m // BLOCK_M) * H + head) * (D_MAIN + D_TAIL)
+        _store_sums(sums_ptr, offs_main, dq_main, mask_m)
+        if D_TAIL > 0:
+            _store_sums(sums_ptr, offs_tail, dq_tail, mask_m)
 
 
 @triton.jit
@@ -269,6 +288,7 @@ def _accumulate_dkv(
     dout_ptr,
     lse_ptr,
     delta_ptr,
+    doc_start_ptr,
     q_stride_t,
     dout_stride_t,
     lo,
@@ -322,7 +342,14 @@ def _accumulate_dkv(
         p = tl.exp2(s)
         p_low = p.to(dout_main.dtype)
         dv_main = tl.dot(p_low, dout_main, dv_main, input_precision="ieee")
-        ds = (p * (dp - delta[None, :])).to(q_main.dtype)
+        if DIAGONAL:
+            start = query * 0
+            if doc_start_ptr is not None:
+                start = tl.load(doc_start_ptr + query, mask=query < T, other=0)
+            dp -= tl.where((query == start)[None, :], dp, delta[None, :])
+        else:
+            dp -= delta[None, :]
+        ds = (p * dp).to(q_main.dtype)
         dk_main = tl.dot(ds, q_main, dk_main, input_precision="ieee")
         if D_TAIL > 0:
             dv_tail = tl.dot(p_low, dout_tail, dv_tail, input_precision="ieee")
@@ -340,9 +367,11 @@ def _attention_bwd_dkv_kernel(
     delta_ptr,
     cos_ptr,
     sin_ptr,
+    doc_start_ptr,
     doc_end_ptr,
     dk_ptr,
     dv_ptr,
+    sums_ptr,
     q_stride_b,
     q_stride_t,
     q_stride_h,
@@ -367,6 +396,7 @@ def _attention_bwd_dkv_kernel(
     scale,
     scale_log2,
     R: tl.constexpr,
+    PAIRS: tl.constexpr,
     D_MAIN: tl.constexpr,
     D_TAIL: tl.constexpr,
     DOCUMENTS: tl.constexpr,
@@ -376,7 +406,7 @@ def _attention_bwd_dkv_kernel(
     BLOCK_N: tl.constexpr,
     HEADS_PER_GROUP: tl.constexpr,
 ):
-    """EVEN_T: BLOCK_M divides T."""
+    """dk and dv, and sums [2, B, tiles, H, D] of both if given. EVEN_T: BLOCK_M divides T."""
     tiles = tl.cdiv(T, BLOCK_N)
     index, bh = _tile_and_head(tl.program_id(0), tiles, B * H, HEADS_PER_GROUP)
     start_n = index * BLOCK_N
@@ -416,6 +446,7 @@ def _attention_bwd_dkv_kernel(
     full_end = T // BLOCK_M * BLOCK_M
     query_end = position * 0 + T
     if DOCUMENTS:
+        doc_start_ptr += batch * T
         doc_end_ptr += batch * T
         query_end = tl.load(doc_end_ptr + position, mask=mask_n, other=0)
         hi = tl.load(doc_end_ptr + tl.minimum(start_n + BLOCK_N, T) - 1)
@@ -425,27 +456,36 @@ def _attention_bwd_dkv_kernel(
     full_end = tl.maximum(full_start, full_end)
     dk_main, dk_tail, dv_main, dv_tail = _accumulate_dkv(
         dk_main, dk_tail, dv_main, dv_tail, k_main, k_tail, v_main, v_tail, q_ptr, dout_ptr, lse_ptr, delta_ptr,
-        q_stride_t, dout_stride_t, lo, full_start, position, query_end, T, plane, scale_log2, D_MAIN, D_TAIL, BLOCK_M,
-        True, ends, WIDE,
+        doc_start_ptr, q_stride_t, dout_stride_t, lo, full_start, position, query_end, T, plane, scale_log2, D_MAIN,
+        D_TAIL, BLOCK_M, True, ends, WIDE,
     )  # fmt: skip
     dk_main, dk_tail, dv_main, dv_tail = _accumulate_dkv(
         dk_main, dk_tail, dv_main, dv_tail, k_main, k_tail, v_main, v_tail, q_ptr, dout_ptr, lse_ptr, delta_ptr,
-        q_stride_t, dout_stride_t, full_start, full_end, position, query_end, T, plane, scale_log2, D_MAIN, D_TAIL,
-        BLOCK_M, False, False, WIDE,
+        doc_start_ptr, q_stride_t, dout_stride_t, full_start, full_end, position, query_end, T, plane, scale_log2,
+        D_MAIN, D_TAIL, BLOCK_M, False, False, WIDE,
     )  # fmt: skip
     if ends:
         dk_main, dk_tail, dv_main, dv_tail = _accumulate_dkv(
             dk_main, dk_tail, dv_main, dv_tail, k_main, k_tail, v_main, v_tail, q_ptr, dout_ptr, lse_ptr, delta_ptr,
-            q_stride_t, dout_stride_t, full_end, hi, position, query_end, T, plane, scale_log2, D_MAIN, D_TAIL, BLOCK_M,
-            False, True, WIDE,
+            doc_start_ptr, q_stride_t, dout_stride_t, full_end, hi, position, query_end, T, plane, scale_log2, D_MAIN,
+            D_TAIL, BLOCK_M, False, True, WIDE,
         )  # fmt: skip
 
     dk_main *= scale
     dk_tail *= scale
     if R > 0:
-        dk_main, dk_tail = _rotate(dk_main, dk_tail, position, mask_n, cos_ptr, sin_ptr, -1, R, D_MAIN, D_TAIL)
+        dk_main, dk_tail = _rotate(dk_main, dk_tail, position, mask_n, cos_ptr, sin_ptr, -1, PAIRS, R, D_MAIN, D_TAIL)
     _store_tile(dk_ptr, start_n, dk_stride_t, offs_n, offs_main, T, dk_main)
     _store_tile(dv_ptr, start_n, dv_stride_t, offs_n, offs_main, T, dv_main)
     if D_TAIL > 0:
         _store_tile(dk_ptr, start_n, dk_stride_t, offs_n, offs_tail, T, dk_tail)
         _store_tile(dv_ptr, start_n, dv_stride_t, offs_n, offs_tail, T, dv_tail)
+    if sums_ptr is not None:
+        D: tl.constexpr = D_MAIN + D_TAIL
+        sums_ptr += ((batch * tiles + index) * H + head) * D
+        dv_sums_ptr = sums_ptr + tl.cast(B * H, tl.int64) * tiles * D
+        _store_sums(sums_ptr, offs_main, dk_main, mask_n)
+        _store_sums(dv_sums_ptr, offs_main, dv_main, mask_n)
+        if D_TAIL > 0:
+            _store_sums(sums_ptr, offs_tail, dk_tail, mask_n)
+            _store_sums(dv_sums_ptr, offs_tail, dv_tail, mask_n)

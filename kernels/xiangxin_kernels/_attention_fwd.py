@@ -7,6 +7,8 @@ that matrix work is issued for D columns and no more. D_TAIL = 0 removes the sec
 import triton
 import triton.language as tl
 
+from ._device import rotate_pairs
+
 
 @triton.jit
 def _tile_and_head(pid, tiles, heads, HEADS_PER_GROUP: tl.constexpr):
@@ -75,12 +77,21 @@ def _rotate(
     cos_ptr,
     sin_ptr,
     SIGN: tl.constexpr,
+    PAIRS: tl.constexpr,
     R: tl.constexpr,
     D_MAIN: tl.constexpr,
     D_TAIL: tl.constexpr,
 ):
-    """The parts (fp32) of rows at `position` [rows], rotated by their angles (SIGN 1) or back (SIGN -1)."""
+    """The parts (fp32) of rows at `position` [rows], rotated by their angles (SIGN 1) or back (SIGN -1). PAIRS: dim 2i
+    turns with dim 2i + 1, not i with i + R/2."""
     offs_main = tl.arange(0, D_MAIN)
+    if PAIRS:
+        D: tl.constexpr = D_MAIN + D_TAIL
+        row = tl.where(valid, position, 0)
+        new_main = rotate_pairs(main, row, offs_main, cos_ptr, sin_ptr, SIGN, D, R)
+        if R <= D_MAIN:
+            return new_main, tail
+        return new_main, rotate_pairs(tail, row, D_MAIN + tl.arange(0, D_TAIL), cos_ptr, sin_ptr, SIGN, D, R)
     new_main = _rotate_part(
         main, _partner(main, tail, offs_main, R, D_MAIN, D_TAIL), position, valid, cos_ptr, sin_ptr, offs_main, SIGN, R
     )
@@ -128,7 +139,7 @@ def _attention_rotate_kernel(
         offs_tail = D_MAIN + tl.arange(0, D_TAIL)
         tail = _load_tile(x_ptr, first, x_stride_t, offs_t, offs_tail, T, True).to(tl.float32)
     valid = first + offs_t < T
-    main, tail = _rotate(main, tail, first + offs_t, valid, cos_ptr, sin_ptr, 1, R, D_MAIN, D_TAIL)
+    main, tail = _rotate(main, tail, first + offs_t, valid, cos_ptr, sin_ptr, 1, False, R, D_MAIN, D_TAIL)
     _store_tile(out_ptr, first, out_stride_t, offs_t, offs_main, T, main)
     if D_TAIL > 0:
         _store_tile(out_ptr, first, out_stride_t, offs_t, offs_tail, T, tail)
@@ -253,8 +264,9 @@ def _attention_fwd_kernel(
         q_tail = _load_tile(q_ptr, start_m, q_stride_t, offs_m, offs_tail, T, True)
     if R > 0:
         x_main, x_tail = _rotate(
-            q_main.to(tl.float32), q_tail.to(tl.float32), position, mask_m, cos_ptr, sin_ptr, 1, R, D_MAIN, D_TAIL
-        )
+            q_main.to(tl.float32), q_tail.to(tl.float32), position, mask_m, cos_ptr, sin_ptr, 1, False, R, D_MAIN,
+            D_TAIL,
+        )  # fmt: skip
         q_main = x_main.to(q_main.dtype)
         q_tail = x_tail.to(q_tail.dtype)
 

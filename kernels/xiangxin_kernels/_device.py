@@ -37,6 +37,23 @@ def gelu_and_grad(x):
 
 
 @triton.jit
+def rotate_pairs(x, position, offs_n, cos_ptr, sin_ptr, SIGN: tl.constexpr, D: tl.constexpr, R: tl.constexpr):
+    """x [rows, columns] with its pairs of neighbours rotated by the angles of the rows' `position`, or back (SIGN -1).
+
+    Of every D columns the first R rotate; offs_n are the columns. Neighbours lie in the registers of one thread.
+    """
+    ROWS: tl.constexpr = x.shape[0]
+    PAIRS: tl.constexpr = x.shape[1] // 2
+    even = tl.min(tl.reshape(offs_n, [PAIRS, 2]), 1) % D
+    angle = position[:, None] * (R // 2) + (even // 2)[None, :]
+    rotary = tl.broadcast_to((even < R)[None, :], [ROWS, PAIRS])
+    cos = tl.load(cos_ptr + angle, mask=rotary, other=1.0)
+    sin = tl.load(sin_ptr + angle, mask=rotary, other=0.0) * SIGN
+    x1, x2 = tl.split(tl.reshape(x, [ROWS, PAIRS, 2]))
+    return tl.reshape(tl.join(x1 * cos - x2 * sin, x2 * cos + x1 * sin), [ROWS, 2 * PAIRS])
+
+
+@triton.jit
 def grouped_tile(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     """Tile (m, n) of program `pid`, in columns of GROUP_M tiles: programs that run together share operands in L2."""
     group = pid // (GROUP_M * tiles_n)

@@ -32,6 +32,7 @@ from ._tuning import AttentionConfig, arch_of, choose_attention
 
 HEAD_DIMS = (16, 32, 48, 64, 80, 96, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+CPU_BLOCK = 64  # queries at a time in a CPU's backward, whose scores then stay in its cache
 MAX_STRIDE_T = 2**23  # offsets between tiles are 64-bit, those within a tile of at most 256 rows 32-bit
 
 
@@ -86,6 +87,42 @@ def attention_ref(
     return torch.einsum("bhts,bshd->bthd", p, v)
 
 
+class _AttentionCpu(torch.autograd.Function):
+    """SDPA of q, k, v [B, H, T or S, D] in the forward, a backward of our own: SDPA's takes delta from the rounded out,
+    which misses the numerics rule where a query sees few keys. Blocks of queries see no key past their last query.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, scale):
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.scale = scale
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        *inputs, mask = ctx.saved_tensors
+        B, H, T, D = dout.shape
+        wide = torch.promote_types(dout.dtype, torch.float32)
+        q, k, v, dout = (x.to(wide).reshape(B * H, T, D) for x in (*inputs, dout))
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        future = torch.ones(CPU_BLOCK, CPU_BLOCK, dtype=torch.bool).triu(1)
+        for start in range(0, T, CPU_BLOCK):
+            end = min(T, start + CPU_BLOCK)
+            rows, keys = slice(start, end), slice(0, end)
+            s = torch.bmm(q[:, rows], k[:, keys].mT).mul_(ctx.scale)
+            if mask is None:
+                s[:, :, rows].masked_fill_(future[: end - start, : end - start], float("-inf"))
+            else:
+                s.view(B, H, end - start, end).masked_fill_(~mask[..., rows, keys], float("-inf"))
+            p = s.softmax(dim=-1)
+            dv[:, keys].baddbmm_(p.mT, dout[:, rows])
+            ds = torch._softmax_backward_data(torch.bmm(dout[:, rows], v[:, keys].mT), p, -1, wide).mul_(ctx.scale)
+            dq[:, rows] = torch.bmm(ds, k[:, keys])
+            dk[:, keys].baddbmm_(ds.mT, q[:, rows])
+        return *(x.view(B, H, T, D).to(y.dtype) for x, y in zip((dq, dk, dv), inputs, strict=True)), None, None
+
+
 def _attention_cpu(q, k, v, cos, sin, scale, segment_ids, q_start) -> Tensor:
     T, S = q.shape[1], q_start + q.shape[1]
     k, v = k[:, :S], v[:, :S]
@@ -94,10 +131,7 @@ def _attention_cpu(q, k, v, cos, sin, scale, segment_ids, q_start) -> Tensor:
         k = rotate_half_ref(k, cos[:S], sin[:S])
     plain = q_start == 0 and segment_ids is None
     mask = None if plain else visible_keys(T, S, q_start, segment_ids, q.device)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=plain, scale=scale
-    )
-    return out.transpose(1, 2)
+    return _AttentionCpu.apply(*(x.transpose(1, 2) for x in (q, k, v)), mask, scale).transpose(1, 2)
 
 
 def _strides(x: Tensor | None) -> tuple[int, int, int]:
@@ -157,12 +191,24 @@ def _attention_fwd(
     )  # fmt: skip
 
 
-@kernel_op(mutates=("dq", "dk", "dv", "delta"))
+def backward_tiles(q: Tensor) -> tuple[int, int]:
+    """How many tiles of queries and of keys the backward of q [B, T, H, D] takes, all sequences together."""
+    B, T = q.shape[:2]
+    tiles_q = triton.cdiv(T, _config("bwd_dq", q).block_m)
+    tiles_k = triton.cdiv(T, _config("bwd_dkv", q).block_n)
+    return B * tiles_q, B * tiles_k
+
+
+@kernel_op(mutates=("dq", "dk", "dv", "delta", "dq_sums", "dkv_sums"))
 def _attention_bwd(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, cos: Tensor | None, sin: Tensor | None,
-    bounds: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor, delta: Tensor, scale: float,
+    bounds: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor, delta: Tensor, dq_sums: Tensor | None,
+    dkv_sums: Tensor | None, scale: float, pairs: bool,
 ) -> None:  # fmt: skip
-    """dq, dk, dv; delta [2, B, H, T] fp32 is scratch. q, k come rotated; cos, sin, if given, rotate dq, dk back."""
+    """dq, dk, dv; delta [2, B, H, T] fp32 is scratch. q, k come rotated; cos, sin, if given, rotate dq, dk back, by
+    neighbouring pairs if `pairs`. dq_sums [tiles, H D], dkv_sums [2, tiles, H D] fp32, if given, get the column sums
+    of each of `backward_tiles`.
+    """
     B, T, H, D = q.shape
     if q.numel() == 0:
         return
@@ -170,6 +216,7 @@ def _attention_bwd(
     main, tail = _split(D)
     constants = {
         "R": 0 if cos is None else 2 * cos.shape[-1],
+        "PAIRS": pairs,
         "D_MAIN": main,
         "D_TAIL": tail,
         "DOCUMENTS": bounds is not None,
@@ -178,13 +225,13 @@ def _attention_bwd(
     start, end = (None, None) if bounds is None else bounds
     config = _config("bwd_dq", q)
     _attention_bwd_dq_kernel[(triton.cdiv(T, config.block_m) * B * H,)](
-        q, k, v, out, dout, lse, cos, sin, start, dq, delta,
+        q, k, v, out, dout, lse, cos, sin, start, dq, delta, dq_sums,
         *_strides(q), *_strides(k), *_strides(v), *_strides(out), *_strides(dout), *_strides(dq),
         B, T, H, scale, scale_log2, **constants, **_tiles(config),
     )  # fmt: skip
     config = _config("bwd_dkv", q)
     _attention_bwd_dkv_kernel[(triton.cdiv(T, config.block_n) * B * H,)](
-        q, k, v, dout, lse, delta, cos, sin, end, dk, dv,
+        q, k, v, dout, lse, delta, cos, sin, start, end, dk, dv, dkv_sums,
         *_strides(q), *_strides(k), *_strides(v), *_strides(dout), *_strides(dk), *_strides(dv),
         B, T, H, scale, scale_log2, EVEN_T=T % config.block_m == 0, **constants, **_tiles(config),
     )  # fmt: skip
@@ -218,7 +265,9 @@ class _Attention(torch.autograd.Function):
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         delta = lse.new_empty(2, *lse.shape)
         q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
-        _attention_bwd(q, k, v, out, dout, lse, cos, sin, bounds, dq, dk, dv, delta, ctx.scale)
+        _attention_bwd(
+            q, k, v, out, dout, lse, cos, sin, bounds, dq, dk, dv, delta, None, None, ctx.scale, False
+        )  # fmt: skip
         return dq, dk, dv, None, None, None, None, None
 
 

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import gelu, gelu_and_grad, grouped_tile
+from ._device import gelu, gelu_and_grad, grouped_tile, rotate_pairs
 from ._host import kernel_op
 from ._tuning import arch_of, choose_elementwise, choose_gemm, fuses_gemm
 
@@ -39,29 +39,10 @@ EPILOGUES = ("bias", "rotary", "gelu", "dgelu", "residual")
 
 
 @triton.jit
-def _rotate_pairs(
-    x, offs_m, offs_n, cos_ptr, sin_ptr, T, q_start, SIGN: tl.constexpr, D: tl.constexpr, R: tl.constexpr
-):
-    """x [BLOCK_M, BLOCK_N] with its pairs rotated by the angle of their row's position, or back (SIGN = -1)."""
-    BLOCK_M: tl.constexpr = x.shape[0]
-    BLOCK_N: tl.constexpr = x.shape[1]
-    # The even columns of the tile, one for each pair.
-    even = tl.min(tl.reshape(offs_n, [BLOCK_N // 2, 2]), 1)
-    within = even % D
-    position = q_start + offs_m % T
-    angle = position[:, None] * (R // 2) + (within // 2)[None, :]
-    rotary = tl.broadcast_to((within < R)[None, :], [BLOCK_M, BLOCK_N // 2])
-    cos = tl.load(cos_ptr + angle, mask=rotary, other=1.0)
-    sin = tl.load(sin_ptr + angle, mask=rotary, other=0.0) * SIGN
-    x1, x2 = tl.split(tl.reshape(x, [BLOCK_M, BLOCK_N // 2, 2]))
-    return tl.reshape(tl.join(x1 * cos - x2 * sin, x2 * cos + x1 * sin), [BLOCK_M, BLOCK_N])
-
-
-@triton.jit
 def _epilogue(
     t, offs_m, offs_n, mask, tile_m, out_ptr, out2_ptr, bias_ptr, other_ptr, cos_ptr, sin_ptr, partial_ptr,
     out_stride_m, out2_stride_m, other_stride_m, N, T, q_start,
-    EPILOGUE: tl.constexpr, SIGN: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    EPILOGUE: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """What becomes of one tile t [BLOCK_M, BLOCK_N] fp32 of the product; `other` is h or the residual."""
     row = offs_m.to(tl.int64)[:, None]
@@ -74,7 +55,7 @@ def _epilogue(
         t += tl.load(bias_ptr + N + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
         t += tl.load(other_ptr + row * other_stride_m + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
     if EPILOGUE == ROTARY:
-        t = _rotate_pairs(t, offs_m, offs_n, cos_ptr, sin_ptr, T, q_start, SIGN, D, R)
+        t = rotate_pairs(t, q_start + offs_m % T, offs_n, cos_ptr, sin_ptr, 1, D, R)
     if EPILOGUE == GELU:
         # Of h as it is saved, so that the backward's derivative is that of this very function.
         value = gelu(t.to(dtype).to(tl.float32))
@@ -93,7 +74,7 @@ def _epilogue(
 def _gemm_kernel(
     a_ptr, b_ptr, out_ptr, out2_ptr, bias_ptr, other_ptr, cos_ptr, sin_ptr, partial_ptr,
     a_stride_m, b_stride, out_stride_m, out2_stride_m, other_stride_m, M, N, K, T, q_start,
-    EPILOGUE: tl.constexpr, SIGN: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    EPILOGUE: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     B_TRANSPOSED: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -130,7 +111,7 @@ def _gemm_kernel(
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     _epilogue(
         acc, offs_m, offs_n, mask, tile_m, out_ptr, out2_ptr, bias_ptr, other_ptr, cos_ptr, sin_ptr, partial_ptr,
-        out_stride_m, out2_stride_m, other_stride_m, N, T, q_start, EPILOGUE, SIGN, D, R,
+        out_stride_m, out2_stride_m, other_stride_m, N, T, q_start, EPILOGUE, D, R,
     )  # fmt: skip
 
 
@@ -138,7 +119,7 @@ def _gemm_kernel(
 def _gemm_descriptor_kernel(
     a_ptr, b_ptr, out_ptr, out2_ptr, bias_ptr, other_ptr, cos_ptr, sin_ptr, partial_ptr,
     a_stride_m, b_stride, out_stride_m, out2_stride_m, other_stride_m, M, N, K, T, q_start,
-    EPILOGUE: tl.constexpr, SIGN: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    EPILOGUE: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     B_TRANSPOSED: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -165,7 +146,7 @@ def _gemm_descriptor_kernel(
         mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
         _epilogue(
             acc, offs_m, offs_n, mask, tile_m, out_ptr, out2_ptr, bias_ptr, other_ptr, cos_ptr, sin_ptr, partial_ptr,
-            out_stride_m, out2_stride_m, other_stride_m, N, T, q_start, EPILOGUE, SIGN, D, R,
+            out_stride_m, out2_stride_m, other_stride_m, N, T, q_start, EPILOGUE, D, R,
         )  # fmt: skip
 
 
@@ -173,7 +154,7 @@ def _gemm_descriptor_kernel(
 def _epilogue_kernel(
     t_ptr, out_ptr, out2_ptr, bias_ptr, other_ptr, cos_ptr, sin_ptr, partial_ptr,
     t_stride_m, out_stride_m, out2_stride_m, other_stride_m, M, N, T, q_start,
-    EPILOGUE: tl.constexpr, SIGN: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    EPILOGUE: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The epilogue on a product that lies in memory; t may be out."""
@@ -186,7 +167,7 @@ def _epilogue_kernel(
     t = tl.load(t_ptr + offs_m.to(tl.int64)[:, None] * t_stride_m + offs_n[None, :], mask=mask, other=0.0)
     _epilogue(
         t.to(tl.float32), offs_m, offs_n, mask, tile_m, out_ptr, out2_ptr, bias_ptr, other_ptr, cos_ptr, sin_ptr,
-        partial_ptr, out_stride_m, out2_stride_m, other_stride_m, N, T, q_start, EPILOGUE, SIGN, D, R,
+        partial_ptr, out_stride_m, out2_stride_m, other_stride_m, N, T, q_start, EPILOGUE, D, R,
     )  # fmt: skip
 
 
@@ -257,11 +238,11 @@ def _elementwise(epilogue: tl.constexpr, t, out, out2, bias, other, rotary, part
 
 
 def _constants(rotary: tuple | None) -> tuple:
-    """(cos, sin, D, T, q_start, sign) as the kernels take it; None for epilogues that do not rotate."""
+    """(cos, sin, D, T, q_start) as the kernels take it; None for epilogues that do not rotate."""
     if rotary is None:
-        return None, None, 1, 0, {"SIGN": 1, "D": 2, "R": 2}
-    cos, sin, D, T, q_start, sign = rotary
-    return cos, sin, T, q_start, {"SIGN": sign, "D": D, "R": 2 * cos.shape[1]}
+        return None, None, 1, 0, {"D": 2, "R": 2}
+    cos, sin, D, T, q_start = rotary
+    return cos, sin, T, q_start, {"D": D, "R": 2 * cos.shape[1]}
 
 
 def _row_stride(x: Tensor | None) -> int:
@@ -283,7 +264,7 @@ def _project_in(
 ) -> None:  # fmt: skip
     """p [N, 3C+F] = y w_in^T + b_in with q and k rotated; the last F columns of z [N, C+F] get gelu of p's."""
     C = y.shape[1]
-    rotary = (cos, sin, C // heads, T, q_start, 1)
+    rotary = (cos, sin, C // heads, T, q_start)
     qk, v, h, g = p[:, : 2 * C], p[:, 2 * C : 3 * C], p[:, 3 * C :], z[:, C:]
     arch = arch_of(y.device)
     if not fuses_gemm("rotary", y.dtype, arch) and not fuses_gemm("gelu", y.dtype, arch):  # one product for all columns
@@ -310,12 +291,6 @@ def _project_out_bwd(
     C = dy.shape[1]
     torch.mm(dy, w_out[:, :C], out=dattn)
     _gemm(DGELU, dy, w_out[:, C:], dh, b_transposed=False, out2=g, other=h, partial=partial)
-
-
-@kernel_op(mutates=("x",))
-def _rotate_back(x: Tensor, cos: Tensor, sin: Tensor, D: int, T: int) -> None:
-    """x [N, columns] with the pairs of every D columns rotated back, in place."""
-    _elementwise(ROTARY, x, x, None, None, None, (cos, sin, D, T, 0, -1), None)
 
 
 @kernel_op(mutates=("h", "g"))

@@ -14,7 +14,8 @@ Shapes    x, y [B, T, C]   ln_w, ln_b [C]   w_in [3C+F, C]   b_in [3C+F]   w_out
 Saves     x, p (q and k rotated, h before its GELU), attention's output and lse, mean, rstd: at C = 2560, H = 32 and
           F = 10240 in bf16 46,216 bytes a token. With `recompute` 10,376: all but p, for one GEMM more
 Backward  dz = dy w_out, whose gelu' epilogue also recomputes gelu(h); attention's backward, into the same buffer
-          dp [N, 3C+F]; dw_in = dp^T layer_norm(x) and dx = dp w_in in one product each; dw_out in two
+          dp [N, 3C+F], with dq and dk rotated back; dw_in = dp^T layer_norm(x) and dx = dp w_in in one product each;
+          dw_out in two. db_in adds up column sums that the kernels leave by tiles of rows, always in the same order
 Numerics  layer_norm.py, gemm.py, attention.py
 Source    Wang, Komatsuzaki 2021 (GPT-J) for the parallel layer; Li et al. 2023, arXiv:2309.05463 (phi-1.5)
 """
@@ -25,8 +26,8 @@ from torch import Tensor
 
 from ._cpu import linear
 from ._host import as_rows, check, check_dtypes, use_triton
-from .attention import _attention_bwd, _attention_fwd, attention, attention_ref, document_bounds
-from .gemm import _project_in, _project_out, _project_out_bwd, _rotate_back, _weight_gradients, dgelu_row_tiles
+from .attention import _attention_bwd, _attention_fwd, attention, attention_ref, backward_tiles, document_bounds
+from .gemm import _project_in, _project_out, _project_out_bwd, _weight_gradients, dgelu_row_tiles
 from .layer_norm import layer_norm, layer_norm_backward, layer_norm_forward, layer_norm_ref
 
 
@@ -101,18 +102,19 @@ class _ParallelBlock(torch.autograd.Function):
             y, p, _, _ = _project(x, ln_w, ln_b, w_in, b_in, cos, sin, heads, ctx.eps, 0, z)
         else:
             y, _, _ = layer_norm_forward(x, ln_w, ln_b, ctx.eps)
-        partial = x.new_empty(dgelu_row_tiles(N, x.dtype, x.device), F, dtype=torch.float32)
-        _project_out_bwd(dy, w_out, p[:, 3 * C :], dattn, dp[:, 3 * C :], g, partial)
+        dh_sums = x.new_empty(dgelu_row_tiles(N, x.dtype, x.device), F, dtype=torch.float32)
+        _project_out_bwd(dy, w_out, p[:, 3 * C :], dattn, dp[:, 3 * C :], g, dh_sums)
         dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
         q, k, v = _views(p, B, T, heads, C)
         dq, dk, dv = _views(dp, B, T, heads, C)
+        tiles_q, tiles_k = backward_tiles(q)
+        dq_sums, dkv_sums = lse.new_empty(tiles_q, C), lse.new_empty(2, tiles_k, C)
         _attention_bwd(
-            q, k, v, attn, dattn.view(q.shape), lse, None, None, bounds, dq, dk, dv, lse.new_empty(2, *lse.shape),
-            (C // heads) ** -0.5,
+            q, k, v, attn, dattn.view(q.shape), lse, cos, sin, bounds, dq, dk, dv, lse.new_empty(2, *lse.shape),
+            dq_sums, dkv_sums, (C // heads) ** -0.5, True,
         )  # fmt: skip
-        _rotate_back(dp[:, : 2 * C], cos, sin, C // heads, T)
         _weight_gradients(dy, attn.view(N, C), g, dp, y.view(N, C), dw_out, dw_in)
-        db_in = torch.cat([dp[:, : 3 * C].sum(0, dtype=torch.float32), partial.sum(0)]).to(b_in.dtype)
+        db_in = torch.cat([dq_sums.sum(0), *dkv_sums.sum(1), dh_sums.sum(0)]).to(b_in.dtype)
         db_out = dy.sum(0, dtype=torch.float32).to(b_in.dtype).expand(2, C).contiguous()
         dx, dln_w, dln_b = layer_norm_backward(torch.mm(dp, w_in).view(x.shape), x, ln_w, mean, rstd, dy.view(x.shape))
         return dx, dln_w, dln_b, dw_in, db_in, dw_out, db_out, None, None, None, None, None, None

@@ -10,10 +10,11 @@ import triton.language as tl
 from torch import Tensor
 from xiangxin_kernels import attention
 from xiangxin_kernels._attention_fwd import _tile_and_head
+from xiangxin_kernels.parallel_block import rotate_pairs_ref
 
 from tests.conftest import INTERPRET
 from tests.kernels.attention_inputs import documents, module, problem, rotary, use_tiles
-from tests.numerics import run_with_grads
+from tests.numerics import assert_no_worse_than_torch, run_with_grads
 from tests.op_contract import (
     assert_compiles_without_clones,
     assert_program_order_free,
@@ -113,11 +114,47 @@ def test_slices_of_one_buffer_in_and_out(monkeypatch):
     out, lse, copy = torch.empty(B, T, H, D), torch.empty(B, H, T), columns(z, 1)
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     module._attention_fwd(q, k, v, None, None, None, out, copy, lse, D**-0.5, 0)
-    module._attention_bwd(q, k, v, copy, dout, lse, None, None, None, dq, dk, dv, torch.empty(2, B, H, T), D**-0.5)
+    module._attention_bwd(
+        q, k, v, copy, dout, lse, *[None] * 3, dq, dk, dv, torch.empty(2, B, H, T), None, None, D**-0.5, False
+    )
     assert_same_bits([out, copy, dq, dk, dv], [plain[0], *plain], what="slices")
     for buffer, untouched in ((z, [0, 2]), (gradients, [])):
         assert buffer[..., 3 * C :].isnan().all()
         assert all(columns(buffer, index).isnan().all() for index in untouched)
+
+
+@triton_only
+@pytest.mark.parametrize("R", [32, 80])
+def test_the_backward_rotates_pairs_back_and_sums_the_columns_of_each_tile(R, monkeypatch):
+    use_tiles(monkeypatch, 16, 32)
+    B, T, H, D = 2, 37, 2, 80
+    q, k, v, cos, sin = problem(T, D, R, B=B, H=H).values()
+    out, lse, delta, scale = torch.empty_like(q), torch.empty(B, H, T), torch.empty(2, B, H, T), D**-0.5
+    module._attention_fwd(q, k, v, None, None, None, out, None, lse, scale, 0)
+
+    def backward(cos, sin, *sums):
+        grads = [torch.empty_like(q) for _ in QKV]
+        module._attention_bwd(q, k, v, out, v, lse, cos, sin, None, *grads, delta, *sums, scale, True)
+        return grads
+
+    tiles_q, tiles_k = module.backward_tiles(q)
+    assert (tiles_q, tiles_k) == (2 * 3, 2 * 2)
+    sums_q, sums_k = torch.empty(tiles_q, H * D), torch.empty(2, tiles_k, H * D)
+    unrotated, grads = backward(None, None, None, None), backward(cos, sin, sums_q, sums_k)
+    assert_same_bits([grads[2]], [unrotated[2]], what="dv")
+    back = [
+        [
+            torch.cat([rotate_pairs_ref(x[..., :R], cos.to(x), -sin.to(x)), x[..., R:]], dim=-1)
+            for x in (grad, grad.double())
+        ]
+        for grad in unrotated[:2]
+    ]
+    for name, grad, (plain, exact) in zip("qk", grads, back, strict=False):
+        assert_no_worse_than_torch(grad, plain, exact, what=f"attention.d{name} of pairs")
+    for name, grad, sums, size in zip(QKV, grads, (sums_q, *sums_k), (16, 32, 32), strict=True):
+        padded = torch.nn.functional.pad(grad.flatten(2), (0, 0, 0, -T % size)).unflatten(1, (-1, size))
+        plain, exact = (x.sum(2).flatten(0, 1) for x in (padded, padded.double()))
+        assert_no_worse_than_torch(sums, plain, exact, what=f"attention.d{name} summed")
 
 
 @triton_only
@@ -144,7 +181,7 @@ def test_offsets_pass_2_to_the_31(far, tmp_path, monkeypatch):
     module._attention_fwd(x["q"], x["k"], x["v"], None, None, None, x["out"], None, lse, 0.25, 0)
     module._attention_bwd(
         *(x[name] for name in ("q", "k", "v", "out", "dout")), lse, None, None, None,
-        *(x[name] for name in ("dq", "dk", "dv")), delta, 0.25,
+        *(x[name] for name in ("dq", "dk", "dv")), delta, None, None, 0.25, False,
     )  # fmt: skip
     assert_same_bits([x[name] for name in ("out", "dq", "dk", "dv")], plain, what=f"far apart along {far}")
     cos, sin = rotary(T, 16)
@@ -248,7 +285,9 @@ def test_opcheck(packed, rotated):
     torch.library.opcheck(module._attention_fwd, (q, k, v, cos, sin, bounds, out, None, lse, 0.25, 0))
     module._attention_fwd(q, k, v, cos, sin, bounds, out, None, lse, 0.25, 0)
     dq, dk, dv = (torch.empty_like(q) for _ in QKV)
-    torch.library.opcheck(module._attention_bwd, (q, k, v, out, out, lse, cos, sin, bounds, dq, dk, dv, delta, 0.25))
+    sums = [torch.empty(2, 32), torch.empty(2, 2, 32)] if packed else [None, None]
+    arguments = (q, k, v, out, out, lse, cos, sin, bounds, dq, dk, dv, delta, *sums, 0.25, packed)
+    torch.library.opcheck(module._attention_bwd, arguments)
     if rotated:
         torch.library.opcheck(module._attention_rotate, (q, cos, sin, torch.empty_like(q)))
 
@@ -326,11 +365,11 @@ def test_a_full_tile_issues_matrix_work_for_80_columns_and_no_more():
     from bench import static
 
     rows = static.rows_of(static.examine(static.jobs_of("attention"), progress=False))
-    assert len(rows) == 6
+    assert len(rows) == 10
     for row in rows:
         issued = 0
         for name, count in row.tensor.items():  # HMMA.16816 of each warp, HGMMA.64x128x16 of each four
             m, n, k = map(int, name.split(".")[1].split("x")) if "x" in name else (16, 8, 16)
             issued += 2 * m * n * k * count * row.warps // (1 if name.startswith("HMMA") else 4)
-        products = {"attention/fwd": 2, "attention/bwd_dq": 3, "attention/bwd_dkv": 4}[row.case]
+        products = {"fwd": 2, "dq": 3, "dkv": 4}[row.kernel.split("_")[-2]]
         assert issued == products * 2 * row.config["block_m"] * row.config["block_n"] * 80, f"{row.case} sm_{row.arch}"
