@@ -12,16 +12,18 @@ Nothing is used unchecked, and nothing is read twice for it: the manifest holds 
 that of the table, and a block is held against the table when it is first touched. So a flipped bit, a cut or grown
 file, a shard of another run, place or tokenizer is an InputError that names the file (and the block) before any of its
 tokens is used. The manifest also has the sha256 of each whole file, for `prepare.py verify`. No document lies in two
-shards.
+shards, and no shard holds documents of two sources: the manifest names the source of each shard, and of each source the
+weight that training gives its tokens.
 """
 
 import hashlib
+import itertools
 import os
 import re
 import struct
 import zlib
 from array import array
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,7 @@ BLOCK_BYTES = 64 << 10
 SHARD_TOKENS = 64 << 20
 SHARD_DOCUMENTS = 4 << 20
 SPLITS = ("train", "validation")
+SOURCE = "corpus"  # the name where no other is given
 MAX_MANIFEST_BYTES = 64 << 20
 
 
@@ -52,6 +55,16 @@ class ShardRecord:
     bytes: int
     header_sha256: str
     sha256: str
+    source: str
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """How often training draws a source's tokens relative to their number, and its text in each split."""
+
+    weight: float
+    text_bytes: dict[str, int]
+    characters: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -80,6 +93,7 @@ class Manifest:
     tokenizer_sha256: str
     splits: dict[str, Split]
     rejects: dict[str, int]
+    sources: dict[str, SourceRecord] = field(default_factory=lambda: {SOURCE: SourceRecord(1.0, {}, {})})
 
     @property
     def dtype(self) -> np.dtype:
@@ -107,7 +121,12 @@ class Manifest:
                 _sha256(content["tokenizer_sha256"]),
                 {split: _split(content["splits"][split], split) for split in SPLITS},
                 {str(reason): _whole(count) for reason, count in content["rejects"].items()},
+                {str(name): _source(source) for name, source in content["sources"].items()},
             )
+            for split in manifest.splits.values():
+                for shard in split.shards:
+                    if shard.source not in manifest.sources:
+                        raise ValueError(f"expected {shard.name} to be of a source listed, got {shard.source!r}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise InputError(f"{file}: not a valid manifest: {' '.join(reason.split())[:200]}") from None
@@ -130,6 +149,14 @@ def _sha256(value: object) -> str:
     return value
 
 
+def _source(content: dict) -> SourceRecord:
+    weight = content["weight"]
+    if type(weight) not in (int, float) or not 0 < weight < float("inf"):
+        raise ValueError(f"expected a weight over 0, got {weight!r}")
+    sizes = ({str(k): _whole(v) for k, v in content[name].items()} for name in ("text_bytes", "characters"))
+    return SourceRecord(weight, *sizes)
+
+
 def _split(content: dict, split: str) -> Split:
     shards = [_record(shard, f"{split}-{number:05d}.bin") for number, shard in enumerate(content["shards"])]
     return Split(shards, _whole(content["text_bytes"]), _whole(content["characters"]))
@@ -139,11 +166,16 @@ def _record(content: dict, name: str) -> ShardRecord:
     if content["name"] != name:
         raise ValueError(f"expected shard {name}, got {content['name']!r}")
     sizes = (_whole(content[field]) for field in ("tokens", "documents", "bytes"))
-    return ShardRecord(name, *sizes, _sha256(content["header_sha256"]), _sha256(content["sha256"]))
+    return ShardRecord(
+        name, *sizes, _sha256(content["header_sha256"]), _sha256(content["sha256"]), str(content["source"])
+    )
 
 
 class ShardWriter:
-    """Writes one split's documents into shards of at most `shard_tokens` tokens; a longer document gets its own."""
+    """Writes one source's documents into shards of at most `shard_tokens` tokens; a longer document gets its own.
+
+    The shards are numbered from `first` on. A file has its name from the moment it is whole.
+    """
 
     def __init__(
         self,
@@ -153,28 +185,43 @@ class ShardWriter:
         eos_id: int,
         tokenizer_sha256: str,
         shard_tokens: int = SHARD_TOKENS,
+        source: str = SOURCE,
+        first: int = 0,
     ):
         self.directory, self.split, self.shard_tokens = directory, split, shard_tokens
         self.vocab, self.eos_id, self.tokenizer_sha256 = vocab, eos_id, bytes.fromhex(tokenizer_sha256)
+        self.source, self.first = source, first
         self.dtype = np.dtype("<u2" if vocab <= 1 << 16 else "<u4")
         self.records: list[ShardRecord] = []
         self._stream = None
 
-    def add(self, tokens: list[int]) -> None:
-        """Appends one document and the end-of-text that `tokens` do not have yet."""
-        if self._stream and (
-            self._tokens + len(tokens) + 1 > self.shard_tokens or len(self._starts) >= SHARD_DOCUMENTS
-        ):
-            self._finish_shard()
-        if not self._stream:
-            self._begin_shard()
-        ids = np.empty(len(tokens) + 1, np.int64)
-        ids[:-1], ids[-1] = tokens, self.eos_id
+    def add(self, *documents: list[int]) -> None:
+        """Appends documents, each with the end-of-text that it does not have yet."""
+        lengths = np.fromiter(map(len, documents), np.int64, len(documents)) + 1
+        ends = np.cumsum(lengths)
+        ids = np.empty(ends[-1], np.int64)
+        inside = np.ones(ends[-1], bool)
+        inside[ends - 1] = False
+        ids[inside] = np.fromiter(itertools.chain.from_iterable(documents), np.int64, ends[-1] - len(documents))
+        ids[ends - 1] = self.eos_id
         if ids.min() < 0 or ids.max() >= self.vocab:
             raise ValueError(f"ShardWriter.add: expected tokens in 0..{self.vocab - 1}, got {ids.min()}..{ids.max()}")
-        self._starts.append(self._tokens)
-        self._tokens += len(ids)
-        self._write(ids.astype(self.dtype).tobytes())
+        ids = ids.astype(self.dtype)
+        starts = ends - lengths
+        done = 0
+        while done < len(documents):
+            if not self._stream:
+                self._begin_shard()
+            room = int(np.searchsorted(ends, starts[done] + self.shard_tokens - self._tokens, side="right")) - done
+            room = min(room, SHARD_DOCUMENTS - len(self._starts))
+            if room <= 0 and self._tokens:
+                self._finish_shard()
+                continue
+            stop = done + max(room, 1)
+            self._starts.extend((starts[done:stop] - starts[done] + self._tokens).tolist())
+            self._tokens += int(ends[stop - 1] - starts[done])
+            self._write(ids[starts[done] : ends[stop - 1]].tobytes())
+            done = stop
 
     def close(self) -> list[ShardRecord]:
         """Completes the last shard and returns all of them, for the manifest."""
@@ -183,8 +230,10 @@ class ShardWriter:
         return self.records
 
     def _begin_shard(self) -> None:
-        self._name = f"{self.split}-{len(self.records):05d}.bin"
-        self._stream = (self.directory / f"{self._name}.partial").open("wb+")
+        self._number = self.first + len(self.records)
+        self._name = f"{self.split}-{self._number:05d}.bin"
+        self._partial = self.directory / f"{self._name}.partial"
+        self._stream = self._partial.open("wb+")
         self._stream.write(bytes(HEADER_BYTES))
         self._tokens, self._starts, self._checksums, self._pending = 0, array("Q"), array("I"), bytearray()
 
@@ -211,7 +260,7 @@ class ShardWriter:
             self.dtype.itemsize,
             self.vocab,
             self.eos_id,
-            len(self.records),
+            self._number,
             BLOCK_BYTES,
             self._tokens,
             len(self._starts),
@@ -228,10 +277,12 @@ class ShardWriter:
             stream.seek(0)
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
             size = stream.seek(0, os.SEEK_END)
-        os.replace(self.directory / f"{self._name}.partial", self.directory / self._name)
+        os.replace(self._partial, self.directory / self._name)
         sync(self.directory)
         header_sha256 = hashlib.sha256(header).hexdigest()
-        self.records.append(ShardRecord(self._name, self._tokens, len(self._starts), size, header_sha256, sha256))
+        self.records.append(
+            ShardRecord(self._name, self._tokens, len(self._starts), size, header_sha256, sha256, self.source)
+        )
         self._stream = None
 
 
