@@ -21,7 +21,7 @@ from train.config import TrainConfig, parse
 from train.data import IGNORED, TokenDataset
 from train.loop import accumulate_gradients, build_model, train
 from train.metrics import read_metrics
-from train.optim import adamw, learning_rate, parameter_groups
+from train.optim import learning_rate, parameter_groups
 from train.report import loss_curves
 from xiangxin_fast import load_pretrained
 from xiangxin_fast.errors import InputError
@@ -54,6 +54,14 @@ def random_batch(rows: int, context: int, seed: int = 0) -> tuple[np.ndarray, np
     return tokens, targets, segment_ids
 
 
+def test_wsd_stays_at_the_peak_and_falls_in_the_last_part(place, tmp_path):
+    config = config_of(place, tmp_path, lr=2.0, lr_floor=0.1, warmup=0.1, schedule="wsd", decay=0.2)
+    assert learning_rate(0.05, config) == 1.0
+    assert {learning_rate(i / 100, config) for i in range(10, 81)} == {2.0}
+    assert learning_rate(0.85, config) == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))  # a quarter down: 1 - sqrt(1/4)
+    assert learning_rate(1.0, config) == pytest.approx(0.2)
+
+
 def test_learning_rate_rises_to_the_peak_and_falls_to_the_floor(place, tmp_path):
     config = config_of(place, tmp_path, lr=2.0, lr_floor=0.1, warmup=0.2)
     assert learning_rate(0.1, config) == 1.0
@@ -73,13 +81,14 @@ def test_learning_rate_without_or_with_only_a_warm_up(place, tmp_path, warmup):
 @pytest.mark.parametrize("tied", [False, True])
 def test_only_matrices_decay(tied):
     model = Phi(dataclasses.replace(SHAPE, tied_head=tied))
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, kept = ({names[id(p)] for p in group["params"]} for group in parameter_groups(model, 0.3))
+    parameters = dict(model.named_parameters())
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    decayed, kept = ({names[id(p)] for p in group["params"]} for group in parameter_groups(parameters, 0.3))
     assert decayed == {f"blocks.{n}.{w}" for n in range(2) for w in ("w_in", "w_out")} | (
         {"head_w"} - {"head_w" * tied}
     )
     assert decayed | kept == set(names.values())
-    assert [group["weight_decay"] for group in parameter_groups(model, 0.3)] == [0.3, 0.0]
+    assert [group["weight_decay"] for group in parameter_groups(parameters, 0.3)] == [0.3, 0.0]
 
 
 def test_gradients_do_not_depend_on_micro_batches(place, tmp_path):
@@ -161,19 +170,6 @@ def test_run_directory_tells_configuration_and_environment(straight):
     assert any((straight.out / "tb").iterdir())
 
 
-def test_loss_that_is_not_finite_changes_no_weight(place, tmp_path):
-    config, model = config_of(place, tmp_path), Phi(SHAPE).init_weights(0)
-    optimizer = adamw(model, config)
-    batch = random_batch(rows=4, context=16)
-    with torch.no_grad():
-        model.head_b[batch[0][0, 0]] = float("nan")
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    with pytest.raises(InputError, match="expected a finite loss and gradient, got loss nan"):
-        loop._update(model, optimizer, batch, 1e-3, config)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name]) or name == "head_b"
-
-
 def test_time_limit_brings_the_learning_rate_down(place, tmp_path, monkeypatch):
     """With a clock that ticks a second at every look: a minute ends long before a million steps, at the floor."""
     ticks = iter(range(1_000_000))
@@ -182,7 +178,7 @@ def test_time_limit_brings_the_learning_rate_down(place, tmp_path, monkeypatch):
     config = config_of(place, tmp_path / "run", steps=1_000_000, minutes=1.0, save_every=1000)
     assert train(config).finished
     rates = [record["lr"] for record in read_metrics(config.out) if "lr" in record]
-    assert 20 <= len(rates) <= 30  # two looks at the clock per step
+    assert 55 <= len(rates) <= 65  # one look at the clock per step
     assert max(rates) > 0.9 * config.lr
     assert rates[-1] < 1.1 * config.lr * config.lr_floor
     assert train(config).step == len(rates)  # finished stays finished
@@ -213,12 +209,6 @@ def test_init_from_a_model_with_another_tokenizer_is_refused(place, tmp_path):
 def test_context_beyond_the_model_is_refused(place, tmp_path):
     with pytest.raises(InputError, match="expected --context of at most 64, got 65"):
         train(config_of(place, tmp_path / "run", context=65))
-
-
-def test_more_than_one_process_is_refused(place, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="expected one process, got WORLD_SIZE=2"):
-        train(config_of(place, tmp_path / "run"))
 
 
 def test_failing_sink_is_reported_once_and_training_goes_on(place, tmp_path, monkeypatch, capsys):

@@ -1,7 +1,9 @@
 """A model, a text and a configuration small enough to train in a second."""
 
+import json
 import os
 import random
+from collections import defaultdict
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -49,6 +51,8 @@ def command_of(config: TrainConfig) -> list[str]:
     """The options of train/run.py that give `config`."""
     options = []
     for name, value in config.to_json().items():
+        if value is None:
+            continue
         flag = "--" + name.replace("_", "-")
         options += (
             [flag.replace("--", "--" if value else "--no-", 1)] if isinstance(value, bool) else [flag, str(value)]
@@ -57,12 +61,21 @@ def command_of(config: TrainConfig) -> list[str]:
 
 
 def weights_of(config: TrainConfig, step: int) -> dict[str, bytes]:
-    """The bytes of a checkpoint's tensors, by name."""
-    (file,) = (config.out / "checkpoints" / f"step-{step:08d}").glob("*.safetensors")
-    return {name: tensor.numpy().tobytes() for name, tensor in load_file(file).items()}
+    """The bytes of a checkpoint's tensors, by name; those of several ranks' parts, one after another."""
+    parts = defaultdict(list)
+    for file in sorted((config.out / "checkpoints" / f"step-{step:08d}").glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            parts[name].append(tensor.numpy().tobytes())
+    return {name: b"".join(part) for name, part in parts.items()}
 
 
 def losses_of(config: TrainConfig) -> list[tuple[int, str, str]]:
     """Step, loss and gradient norm of every step, to the last bit."""
     records = [record for record in read_metrics(config.out) if "loss" in record]
     return [(record["step"], record["loss"].hex(), record["grad_norm"].hex()) for record in records]
+
+
+def events_of(config: TrainConfig, kind: str) -> list[dict]:
+    """The events of one kind, as events.jsonl has them."""
+    events = map(json.loads, (config.out / "events.jsonl").read_text(encoding="utf-8").splitlines())
+    return [event for event in events if event["event"] == kind]

@@ -17,6 +17,7 @@ class TrainConfig:
     """Pretrain a Phi model, or train a checkpoint further, on token shards made by train/prepare.py.
 
     Example: python train/run.py --preset demo --data demo/shards --out runs/first --lr 1e-3
+    What a run would need, without one: python train/run.py --plan --help
 
     The run directory gets config.json, environment.json, metrics.jsonl (one line per step), tb/ (TensorBoard),
     checkpoints/ and, at the end, model/: a Hugging Face directory. The same command again goes on where it stopped;
@@ -26,7 +27,8 @@ class TrainConfig:
     preset: Literal["demo", "xiangxin-3b"]
     """Shape of the model and the defaults of the options below (shown: xiangxin-3b's, unless --preset was given)."""
     data: Path
-    """Directory of token shards (manifest.json, tokenizer.json, *.bin)."""
+    """Directory of token shards (manifest.json, tokenizer.json, *.bin), or a JSON file that mixes some beside it:
+    {"phases": [{"from_sample": 0, "sources": {"zh": 0.9, "code": 0.1}}, ...]}, weights being shares of the samples."""
     out: Path
     """Run directory; made when it does not exist."""
     init_from: Path | None = None
@@ -39,9 +41,9 @@ class TrainConfig:
     context: int = 2048
     """Tokens per sequence."""
     batch: int = 512
-    """Sequences per optimizer step."""
+    """Sequences per optimizer step, over all ranks."""
     micro_batch: int = 8
-    """Sequences per forward and backward; gradients accumulate over batch / micro_batch of them."""
+    """Sequences per forward and backward of a rank; gradients accumulate until --batch is full."""
     segment_ids: bool = True
     """Attention stays inside a document when several share a sequence."""
 
@@ -53,7 +55,11 @@ class TrainConfig:
     lr: float = 3e-4
     """Peak learning rate."""
     lr_floor: float = 0.1
-    """The cosine ends at this fraction of --lr."""
+    """The schedule ends at this fraction of --lr."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """How the rate comes down: along half a cosine, or (wsd) only in the last --decay of the run."""
+    decay: float = 0.2
+    """Fraction of the run over which wsd lowers the rate; to train on later, go on from a checkpoint before it."""
     warmup: float = 0.01
     """Fraction of the run over which the learning rate rises linearly."""
     beta1: float = 0.9
@@ -74,14 +80,40 @@ class TrainConfig:
     keep: int = 3
     """Newest checkpoints kept; at least 2, so that a damaged one is never the only one."""
 
+    replicas: int | None = None
+    """Copies of the model, each spread over ranks / replicas; by default one for each node, or one."""
+    reshard: bool = False
+    """Free a block's gathered parameters after its forward: less memory, once more communication."""
+    timeout: float = 600.0
+    """Seconds without progress after which the run ends and names the rank that it waited for."""
+    max_skipped: int = 5
+    """Updates in a row left out, since loss or gradient were not finite, after which the run ends."""
+    spike: Literal["off", "log", "rewind"] = "log"
+    """What to do about a loss that jumps and stays: log it, or also go back to the checkpoint before and leave out the
+    samples from there on; events.jsonl names them."""
+    check_replicas: int = 1000
+    """Steps between comparisons of the replicas' parameters, bit by bit, where there are several."""
+
     def __post_init__(self):
-        for name in ("context", "batch", "micro_batch", "steps", "validate_every", "validation_samples", "save_every"):
+        for name in (
+            "context",
+            "batch",
+            "micro_batch",
+            "steps",
+            "validate_every",
+            "validation_samples",
+            "save_every",
+            "max_skipped",
+            "check_replicas",
+        ):
             _expect(getattr(self, name) >= 1, f"--{_flag(name)} of at least 1", getattr(self, name))
         _expect(
             self.batch % self.micro_batch == 0, f"--batch divisible by --micro-batch {self.micro_batch}", self.batch
         )
         _expect(self.minutes is None or self.minutes > 0, "--minutes above 0", self.minutes)
-        for name in ("lr", "clip"):
+        _expect(self.replicas is None or self.replicas >= 1, "--replicas of at least 1", self.replicas)
+        _expect(0 < self.decay <= 1, "--decay in 0..1, 0 excluded", self.decay)
+        for name in ("lr", "clip", "timeout"):
             _expect(getattr(self, name) > 0, f"--{_flag(name)} above 0", getattr(self, name))
         for name in ("lr_floor", "warmup"):
             _expect(0 <= getattr(self, name) <= 1, f"--{_flag(name)} in 0..1", getattr(self, name))

@@ -1,11 +1,11 @@
-"""TokenDataset: a split of prepared token shards as training samples, in an order that is a pure function.
+"""Samples: numbered training samples, read ahead. TokenDataset: those of a split of prepared token shards.
 
-The split's documents, each ended by end-of-text, form one stream of tokens. It is cut every `context` tokens; a sample
-is one such piece with the same piece one token further as its targets: the only shift by one in the project. Samples
-are numbered on through the epochs, so the number of the next one is all the state that training has to keep: resuming,
-and any number of ranks, give the same samples. Within an epoch they come in the order of a Feistel network keyed by
-(seed, epoch), a bijection computed in constant memory (Luby and Rackoff 1988; walking the cycle until the value is in
-range: Black and Rogaway 2002).
+A split's documents, each ended by end-of-text, form one stream of tokens. It is cut every `context` tokens; a sample is
+one such piece with the same piece one token further as its targets: the only shift by one in the project. Which sample
+a number stands for is a pure function. Samples are numbered on through the epochs, so the number of the next one is all
+the state that training has to keep: resuming, and any number of ranks, give the same samples. Within an epoch they come
+in the order of a Feistel network keyed by (seed, epoch), a bijection computed in constant memory (Luby and Rackoff
+1988; walking the cycle until the value is in range: Black and Rogaway 2002).
 
 Documents do not see each other: `segment_ids` counts them within the sample, and the target of an end-of-text, which is
 the first token of an unrelated document, is IGNORED.
@@ -30,38 +30,18 @@ PREFETCHED = 4  # batches held ready: reading is far faster than a step, only it
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-class TokenDataset:
-    """Samples of `context` tokens of one split ("train" or "validation"); its length is the samples of one epoch.
+class Samples:
+    """Samples numbered from 0 on without end, `len` of them in an epoch.
 
     NumPy only, so that reading data needs no torch; `torch.from_numpy` takes its arrays as they are.
     """
 
-    def __init__(self, directory: str | Path, split: str, context: int, seed: int):
-        """Raises InputError where the directory is not whole or the split has no sample of `context` tokens."""
-        if split not in SPLITS:
-            raise InputError(f"data: expected a split of {', '.join(SPLITS)}, got {split!r}")
-        self.manifest = Manifest.load(directory)
-        self.context, self.seed = context, seed
-        shards = self.manifest.splits[split].shards
-        self._shards = [Shard(directory, self.manifest, split, number) for number in range(len(shards))]
-        self._ends = np.cumsum([shard.tokens for shard in self._shards], dtype=np.int64)
-        tokens = self.manifest.splits[split].tokens
-        self._length = (tokens - 1) // context
-        if self._length < 1:
-            raise InputError(f"{directory}: expected over {context} tokens in split {split!r}, found {tokens}")
-
     def __len__(self) -> int:
-        return self._length
+        raise NotImplementedError
 
     def sample(self, index: int) -> Batch:
         """Global sample `index`: tokens int64 [T], targets int64 [T] with IGNORED, segment_ids int32 [T] from 0 up."""
-        epoch, place = divmod(index, self._length)
-        start = _permuted(place, self._length, _round_keys(self.seed, epoch)) * self.context
-        stream = self._read(start, start + self.context + 1)
-        tokens = stream[:-1]
-        ends = tokens == self.manifest.eos_id
-        segment_ids = np.cumsum(ends, dtype=np.int32) - ends
-        return tokens, np.where(ends, IGNORED, stream[1:]), segment_ids
+        raise NotImplementedError
 
     def batch(self, first: int, count: int) -> Batch:
         """Global samples first .. first + count - 1, each array stacked to [count, T]."""
@@ -106,6 +86,36 @@ class TokenDataset:
             abandoned.set()
             reader.join()
 
+
+class TokenDataset(Samples):
+    """Samples of `context` tokens of one split ("train" or "validation")."""
+
+    def __init__(self, directory: str | Path, split: str, context: int, seed: int):
+        """Raises InputError where the directory is not whole or the split has no sample of `context` tokens."""
+        if split not in SPLITS:
+            raise InputError(f"data: expected a split of {', '.join(SPLITS)}, got {split!r}")
+        self.manifest = Manifest.load(directory)
+        self.context, self.seed = context, seed
+        shards = self.manifest.splits[split].shards
+        self._shards = [Shard(directory, self.manifest, split, number) for number in range(len(shards))]
+        self._ends = np.cumsum([shard.tokens for shard in self._shards], dtype=np.int64)
+        tokens = self.manifest.splits[split].tokens
+        self._length = (tokens - 1) // context
+        if self._length < 1:
+            raise InputError(f"{directory}: expected over {context} tokens in split {split!r}, found {tokens}")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def sample(self, index: int) -> Batch:
+        epoch, place = divmod(index, self._length)
+        start = permuted(place, self._length, round_keys(self.seed, epoch)) * self.context
+        stream = self._read(start, start + self.context + 1)
+        tokens = stream[:-1]
+        ends = tokens == self.manifest.eos_id
+        segment_ids = np.cumsum(ends, dtype=np.int32) - ends
+        return tokens, np.where(ends, IGNORED, stream[1:]), segment_ids
+
     def _read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start..stop-1 of the split's stream, int64."""
         parts = []
@@ -121,13 +131,14 @@ class TokenDataset:
 ROUNDS = 6  # four make a Luby-Rackoff permutation; short words and a cheap round function call for more
 
 
-@functools.lru_cache(maxsize=4)
-def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
-    digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8 * ROUNDS).digest()
+@functools.lru_cache(maxsize=256)
+def round_keys(seed: int, what: int | str) -> tuple[int, ...]:
+    """What `permuted` draws a permutation by: for each seed, and each epoch or other purpose, another."""
+    digest = hashlib.blake2b(f"{seed} {what}".encode(), digest_size=8 * ROUNDS).digest()
     return tuple(int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(ROUNDS))
 
 
-def _permuted(place: int, size: int, keys: tuple[int, ...]) -> int:
+def permuted(place: int, size: int, keys: tuple[int, ...]) -> int:
     """Where a pseudo-random permutation of 0..size-1, drawn by `keys`, takes `place`."""
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1

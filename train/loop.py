@@ -1,23 +1,26 @@
 """The training loop: samples -> loss -> gradients -> AdamW, with validation, checkpoints and exact resume.
 
 A run is a pure function of its configuration and its data: there is no dropout and no random number after the initial
-weights, so the state is the parameters, AdamW's moments and the counters of Position. With the same versions and number
-of threads a resumed run gives the same bits as one that was never interrupted, unless --minutes drives the schedule.
+weights, so the state is the parameters, AdamW's moments and the counters of Position. With the same versions, ranks and
+number of threads a resumed run gives the same bits as one that was never interrupted, unless --minutes drives the
+schedule. On any number of ranks it takes the same samples.
+
+Within a step the host does not wait for the device. What it needs to know of a step (loss, norm, whether some rank is
+asked to stop, rank 0's clock) it reads after it has launched the next, and all ranks decide by the same numbers.
 """
 
-import hashlib
+import gc
 import math
-import os
-import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from collections import deque
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from xiangxin_fast.checkpoint import load_pretrained, save_pretrained
@@ -27,26 +30,22 @@ from xiangxin_fast.model import Phi
 from xiangxin_fast.strict_files import write_json
 from xiangxin_fast.tokenizer import Tokenizer
 
-from . import checkpoint, parallel
+from . import parallel
 from .config import TrainConfig
-from .data import IGNORED, Batch, TokenDataset
+from .data import IGNORED, Batch, Samples
+from .guards import PATIENCE
 from .metrics import Display, JsonLines, RunInfo, RunLog, TensorBoard, environment, read_metrics, terminal
-from .optim import adamw, learning_rate, named_tensors, set_step
+from .mixture import HeldOut, Mixture
+from .optim import Optimizer, learning_rate
+from .parallel import ALONE, Ranks
+from .resume import resume, rewind
+from .saver import Saver
+from .signals import stop_signals
+from .stopwatch import Stopwatch
+from .watchdog import Watchdog
 
-
-@dataclass
-class Position:
-    """How far a run is; beside the tensors, all that a checkpoint keeps."""
-
-    step: int = 0  # optimizer steps made
-    sample: int = 0  # global index of the next sample
-    tokens: int = 0  # tokens seen
-    seconds: float = 0.0  # spent in the loop, over all starts of the run
-
-    def progress(self, config: TrainConfig, step: int = 0) -> float:
-        """The part of the run, 0..1, that lies behind `step` steps after this position."""
-        elapsed = self.seconds / (60 * config.minutes) if config.minutes else 0.0
-        return min(1.0, max((self.step + step) / config.steps, elapsed))
+UNSETTLED = 1  # steps launched whose numbers the host has not read
+MAX_REWINDS = 3  # to one checkpoint: more of the samples after it cannot be the reason
 
 
 @dataclass(frozen=True)
@@ -61,67 +60,291 @@ class Outcome:
 def train(config: TrainConfig) -> Outcome:
     """Runs, or goes on with, the run that `config` describes, until its end or a SIGINT or SIGTERM.
 
-    Raises InputError where data, weights, checkpoint and configuration do not fit together, or a loss is not finite.
+    Under torchrun each rank calls it. Raises InputError where data, weights, checkpoint and configuration do not fit
+    together, losses are not finite, or a checkpoint that must be written cannot; RankLost where another rank is gone.
     """
-    device, console = parallel.join(), terminal()
-    data = TokenDataset(config.data, "train", config.context, config.seed)
-    held_out = TokenDataset(config.data, "validation", config.context, config.seed)
-    tokenizer = Tokenizer.load(config.data)
-    model = build_model(config, tokenizer, device)
-    optimizer = adamw(model, config)
-    tensors = named_tensors(model, optimizer)
-    folder = config.out / "checkpoints"
-    position = _resume(config, folder, tensors, console)
-    set_step(optimizer, position.step)
+    ranks = parallel.join(config.timeout, config.replicas)
+    watchdog = Watchdog(ranks, config.timeout)
+    watchdog.start()
+    try:
+        with stop_signals() as stop:
+            outcome = _Run(config, ranks, watchdog, stop).go()
+    except BaseException as error:
+        lost = watchdog.explain() if isinstance(error, RuntimeError) else None
+        watchdog.leave(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        if lost:
+            raise lost from error
+        raise
+    watchdog.leave()
+    parallel.leave(ranks)
+    return outcome
 
-    config.out.mkdir(parents=True, exist_ok=True)
-    write_json(config.out / "config.json", {"training": config.to_json(), "model": asdict(model.config)})
-    write_json(config.out / "environment.json", environment())
-    kept = [record for record in read_metrics(config.out) if record["step"] <= position.step]
-    validated = {record["step"] for record in kept if "val_loss" in record}
-    info = RunInfo(config.out, position.step, config, model.config, 1, str(device), console)
-    log = RunLog(info, (JsonLines, TensorBoard, Display))
-    saved = position.step
-    begun = time.monotonic() - position.seconds
 
-    def save() -> None:
-        nonlocal saved
-        if saved != position.step:
-            checkpoint.save(folder, tensors, asdict(position) | _order(config) | {"config": config.to_json()})
-            checkpoint.prune(folder, config.keep)
-            saved = position.step
+@dataclass(frozen=True)
+class _Step:
+    """A step that was launched: what is known of it at once, and what the device will have written."""
 
-    batches = data.batches(position.sample, config.batch, config.steps * config.batch)
-    with _stop_signals() as stop, closing(batches), closing(log):
+    step: int
+    sample: int  # the first of its batch
+    tokens: int  # seen, its own included
+    lr: float
+    reports: Tensor  # [ranks, 4] on the host: loss, squared norm, whether to stop, seconds
+    marks: tuple  # of the stopwatch: start, samples there, gradients there, updated
+    ready: Callable[[], None]  # waits until `reports` is written
+
+
+class _Run:
+    """One run, from where it stands to its end."""
+
+    def __init__(self, config: TrainConfig, ranks: Ranks, watchdog: Watchdog, stop: threading.Event):
+        self.config, self.ranks, self.watchdog, self.stop_wanted = config, ranks, watchdog, stop
+        if config.batch % (config.micro_batch * ranks.size):
+            raise InputError(
+                f"training: expected --batch divisible by --micro-batch {config.micro_batch} x {ranks.size} ranks, "
+                f"got {config.batch}"
+            )
+        self.console = terminal(ranks.rank)
+        self.data, self.held_out = (kind(config.data, config.context, config.seed) for kind in (Mixture, HeldOut))
+        self.tokenizer = Tokenizer.load(self.data.tokenizer_directory)
+        model = build_model(config, self.tokenizer, ranks.device)
+        self.shape = model.config
+        self.model = parallel.shard(model, ranks, reshard=config.reshard)
+        self.optimizer = Optimizer(self.model, config)
+        self.stopwatch = Stopwatch(ranks.device)
+        self.order = self.data.description()
+        start = resume(config, self.order, self.optimizer.tensors(), ranks.control, self.console)
+        self._stand_at(start.position)
+        if ranks.rank == 0:
+            config.out.mkdir(parents=True, exist_ok=True)
+            write_json(config.out / "config.json", {"training": config.to_json(), "model": asdict(self.shape)})
+            write_json(config.out / "environment.json", environment())
+        self._open_log()
+        for reason in start.rejected:
+            self.log.event("rejected", self.position.step, reason=reason)
+        path = start.path and str(start.path)
+        self.log.event("start", self.position.step, ranks=ranks.size, checkpoint=path, sample=self.position.sample)
+        self.saver = Saver(config.out / "checkpoints", config.keep, ranks)
+        self.saved = self.position.step  # where the newest checkpoint was begun
+        self.stopping = False  # as all ranks know
+        self.rewinds: list[int] = []
+
+    def go(self) -> Outcome:
+        """Trains until the end, or until some rank is asked to stop."""
+        gc.collect()
+        gc.freeze()
+        gc.disable()  # a collection may come in any step and stop the host for long: they are made between steps
+        try:
+            with closing(self):
+                return self._loop()
+        finally:
+            gc.enable()
+            gc.unfreeze()
+
+    def close(self) -> None:
+        """Ends the reader and the sinks."""
+        self.batches.close()
+        self.log.close()
+
+    def _loop(self) -> Outcome:
+        config, out = self.config, self.config.out / "model"
         while True:
-            position.seconds = time.monotonic() - begun
-            progress = position.progress(config)
-            if position.step % config.save_every == 0 or progress == 1 or stop.is_set():
-                save()  # before the validation, which may fail
-            if stop.is_set():
-                return Outcome(position.step, False, config.out / "model")
-            if (position.step % config.validate_every == 0 or progress == 1) and position.step not in validated:
-                record = {"step": position.step, "val_loss": evaluate(model, held_out, config)}
-                log.write(record | {"tokens": position.tokens, "progress": progress})
+            step, progress = self.position.step, self.position.progress(config)
+            saves = step % config.save_every == 0 or progress == 1 or self.stopping
+            validates = (step % config.validate_every == 0 or progress == 1) and step not in self.validated
+            compares = self.ranks.replicas > 1 and step % config.check_replicas == 0
+            if (saves or validates or compares) and self._settle():
+                continue  # what was settled may have changed where the run stands
+            if compares:
+                self._compare_replicas()
+            if saves:
+                self._save()  # before the validation, which may fail
+            if self.stopping:
+                self._finish_saving()
+                self.log.event("stop", step)
+                return Outcome(step, False, out)
+            if validates:
+                self.stopping = not self._validate(progress)
+                continue
             if progress == 1:
                 break
-            lr = learning_rate(position.progress(config, step=1), config)
-            record = {"step": position.step + 1} | _update(model, optimizer, next(batches), lr, config)
-            position.step += 1
-            position.sample += config.batch
-            position.tokens += config.batch * config.context
-            position.seconds = time.monotonic() - begun
-            progress = position.progress(config)
-            record |= {
-                "tokens": position.tokens,
-                "epoch": position.sample / len(data),
-                "seconds": position.seconds,
-                "eta_seconds": position.seconds * (1 / progress - 1),
-                "progress": progress,
+            self._launch()
+            self._settle(UNSETTLED)
+            self._report_saving()
+            self.watchdog.progress()
+        self._finish_saving()
+        self._export(out)
+        self.log.event("finish", step)
+        return Outcome(step, True, out)
+
+    def _stand_at(self, position) -> None:
+        """Makes `position`, whose tensors are there, the one to go on from."""
+        config, size = self.config, self.config.batch // self.ranks.size
+        self.position, self.optimizer.updates = position, position.updates
+        self.unsettled: deque[_Step] = deque()
+        last = position.sample + (config.steps - position.step) * config.batch
+        self.batches = self.data.batches(position.sample + self.ranks.rank * size, size, last, config.batch)
+        self.begun = time.monotonic() - position.seconds
+        self.ended = self.stopwatch.mark()  # the last step, and what is not part of any
+
+    def _open_log(self) -> None:
+        config, step = self.config, self.position.step
+        info = RunInfo(
+            config.out, step, config, self.shape, self.ranks.size, parallel.device_name(self.ranks), self.console
+        )
+        validated = (r["step"] for r in read_metrics(config.out) if "val_loss" in r and r["step"] <= step)
+        self.validated = set(self.ranks.control.first(lambda: list(validated)))
+        self.log = RunLog(info, (JsonLines, TensorBoard, Display) if self.ranks.rank == 0 else ())
+
+    def _launch(self) -> None:
+        """Makes the next step, as far as the host is concerned."""
+        config, ranks, position = self.config, self.ranks, self.position
+        lr = learning_rate(position.progress(config, step=1), config)
+        marks = [self.stopwatch.mark()]
+        batch = next(self.batches)
+        marks.append(self.stopwatch.mark())
+        loss = accumulate_gradients(self.model, batch, config, ranks)
+        marks.append(self.stopwatch.mark())
+        clock = time.monotonic() - self.begun
+        known = parallel.to_device(torch.tensor([self.stop_wanted.is_set(), clock], dtype=torch.float64), ranks.device)
+        mine = torch.cat([loss.double()[None], self.optimizer.squared_norm()[None], known])
+        reports = ranks.gather(mine)
+        norm = (reports[:, 1].sum() / ranks.replicas).sqrt()
+        self.optimizer.step(lr, norm, reports[:, :2].isfinite().all())
+        marks.append(self.stopwatch.mark())
+        position.step += 1
+        position.tokens += config.batch * config.context
+        host, ready = self.stopwatch.fetch(reports)
+        self.unsettled.append(_Step(position.step, position.sample, position.tokens, lr, host, tuple(marks), ready))
+        position.sample += config.batch
+
+    def _settle(self, leave: int = 0) -> bool:
+        """Reads what came of the launched steps, the last `leave` left out; whether there were any."""
+        count = len(self.unsettled) - leave
+        for _ in range(count):
+            if self.unsettled:
+                self._settle_one(self.unsettled.popleft())
+        return count > 0
+
+    def _settle_one(self, step: _Step) -> None:
+        config, position = self.config, self.position
+        step.ready()
+        losses, squares, stops, clocks = step.reports.T.tolist()
+        loss, norm = sum(losses), math.sqrt(sum(squares) / self.ranks.replicas)
+        self.stopping |= any(stops)
+        position.seconds = clocks[0]
+        seconds, self.ended = self.stopwatch.seconds(self.ended, step.marks[-1]), step.marks[-1]
+        data, gradients, update = (self.stopwatch.seconds(a, b) for a, b in pairwise(step.marks))
+        progress = position.progress(config)
+        skipped = not math.isfinite(loss + norm)
+        self.log.write(
+            {
+                "step": step.step, "loss": loss, "grad_norm": norm, "lr": step.lr, "skipped": int(skipped),
+                "tokens": step.tokens, "epoch": step.sample / len(self.data), "progress": progress,
+                "tokens_per_second": config.batch * config.context / seconds,
+                "seconds": position.seconds, "eta_seconds": position.seconds * (1 / progress - 1),
+                "step_seconds": seconds, "data_seconds": data, "forward_backward_seconds": gradients,
+                "optimizer_seconds": update, "other_seconds": max(0.0, seconds - data - gradients - update),
+                "memory_bytes": self.stopwatch.memory(),
             }
-            log.write(record)
-        save_pretrained(model, config.out / "model", tokenizer)
-    return Outcome(position.step, True, config.out / "model")
+        )  # fmt: skip
+        samples = [step.sample, step.sample + config.batch]
+        if skipped:
+            ranks = [rank for rank, value in enumerate(losses) if not math.isfinite(value)]
+            self.log.event("skip", step.step, loss=loss, grad_norm=norm, samples=samples, ranks=ranks)
+        if position.guards.judge(step.step, loss, norm, config.max_skipped) and config.spike != "off":
+            self.log.event("spike", step.step, loss=loss, samples=samples)
+            if config.spike == "rewind":
+                self._rewind(step.step)
+
+    def _rewind(self, step: int) -> None:
+        """Goes back to the checkpoint before the spike that was complete at `step`, and on without those samples."""
+        self._report_saving(wait=True)
+        left, seconds = self.position.sample, self.position.seconds
+        start = rewind(self.config, step - PATIENCE + 1, self.optimizer.tensors(), self.ranks.control, self.console)
+        if start is None:
+            self.log.event("rewind", step, failure="no checkpoint from before")
+            return
+        if self.rewinds.count(start.position.step) == MAX_REWINDS:
+            raise InputError(
+                f"training: expected a loss without spikes, got one at step {step} again after {MAX_REWINDS} rewinds "
+                f"to {start.path}, each without more samples: go on from an earlier checkpoint or with a lower --lr"
+            )
+        self.rewinds.append(start.position.step)
+        samples = [start.position.sample, left]
+        self.log.event("rewind", step, to_step=start.position.step, samples_left_out=samples)
+        self.close()
+        self._stand_at(replace(start.position, sample=left, seconds=seconds))
+        self._open_log()
+        self.saved = self.position.step
+
+    def _compare_replicas(self) -> None:
+        if different := parallel.disagreeing_ranks(self.optimizer.parts(), self.ranks):
+            self.log.event("replicas", self.position.step, ranks=different)
+            raise InputError(
+                f"training: expected equal parameters in all replicas, got others at step {self.position.step} among "
+                f"the ranks {different}: a GPU or its memory is at fault; go on from the newest checkpoint without it"
+            )
+
+    def _save(self) -> None:
+        """Begins a checkpoint of this step, unless there is one."""
+        self._report_saving(wait=True)
+        if self.saved == self.position.step:
+            return
+        gc.collect()
+        config, position = self.config, self.position
+        position.updates = self.optimizer.updates
+        state = position.to_json() | {
+            "seed": config.seed, "context": config.context, "data": self.order, "config": config.to_json(),
+            "ranks": self.ranks.size, "finite": all(self.ranks.control.gather(self.optimizer.all_finite())),
+        }  # fmt: skip
+        self.saver.begin(self.optimizer.tensors(), state)
+        self.saved = position.step
+        self.ended = self.stopwatch.mark()
+
+    def _report_saving(self, wait: bool = False) -> None:
+        """Logs how a checkpoint came out, once that is known; training goes on whichever."""
+        if outcome := self.saver.outcome(wait):
+            step, self.failure = outcome
+            if self.failure is None:
+                self.log.event("save", step)
+            else:
+                self.saved = -1
+                self.log.event("save_failed", step, reason=self.failure)
+
+    def _finish_saving(self) -> None:
+        """Waits for the last checkpoint. InputError where it could not be written."""
+        self._report_saving(wait=True)
+        if self.saved != self.position.step:
+            raise InputError(f"{self.config.out / 'checkpoints'}: step {self.position.step} not saved: {self.failure}")
+
+    def _validate(self, progress: float) -> bool:
+        """Logs the validation loss of this step; whether that came to its end, which a signal may cut short."""
+        gc.collect()
+        team, position = self.ranks.control, self.position
+
+        def interrupted() -> bool:
+            self.watchdog.progress()
+            return team.any(self.stop_wanted.is_set())
+
+        loss = evaluate(self.model, self.held_out, self.config, self.ranks, interrupted)
+        if loss is None:
+            return False
+        self.validated.add(position.step)
+        self.log.write({"step": position.step, "val_loss": loss, "tokens": position.tokens, "progress": progress})
+        self.ended = self.stopwatch.mark()
+        return True
+
+    def _export(self, directory: Path) -> None:
+        tensors = parallel.gathered(self.model, self.ranks)
+        if self.ranks.rank == 0:
+            whole = Phi(self.shape, "meta")
+            for name, tensor in tensors.items():
+                owner, _, attribute = name.rpartition(".")
+                setattr(whole.get_submodule(owner), attribute, torch.nn.Parameter(tensor))
+            if self.shape.tied_head:
+                whole.head_w = whole.embed
+            save_pretrained(whole, directory, self.tokenizer)
+        self.ranks.control.gather(None)  # nobody leaves while rank 0 still writes
 
 
 def build_model(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> Phi:
@@ -147,109 +370,54 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer, device: torch.device)
     return model
 
 
-def accumulate_gradients(model: Phi, batch: Batch, config: TrainConfig) -> Tensor:
-    """Adds to the gradients those of the batch's loss, micro-batch by micro-batch; returns the loss, in nats per token.
+def accumulate_gradients(model: Phi, batch: Batch, config: TrainConfig, ranks: Ranks = ALONE) -> Tensor:
+    """Adds to the gradients those of the global batch's loss; returns this rank's part of the loss, in nats per token.
 
-    The loss is the mean over all valid targets of the batch, however they are spread over micro-batches.
+    `batch` is this rank's part, taken micro-batch by micro-batch. The loss is the mean over all valid targets of all
+    ranks, however they are spread: the mean of the ranks' or micro-batches' means would weigh the targets of those with
+    few too much.
     """
-    valid = max(1, int((batch[1] != IGNORED).sum()))
-    total = torch.zeros((), device=model.embed.device)
+    mine = parallel.to_device(torch.tensor(int((batch[1] != IGNORED).sum())), ranks.device)
+    valid = parallel.sum_over_ranks(mine, ranks).clamp(min=1)
+    total = torch.zeros((), device=ranks.device)
     for first in range(0, len(batch[0]), config.micro_batch):
         part = tuple(array[first : first + config.micro_batch] for array in batch)
-        loss = _summed_loss(model, part, config.segment_ids) / valid
+        parallel.sum_gradients_now(model, first + config.micro_batch >= len(batch[0]))
+        loss = _summed_loss(model, part, config.segment_ids, ranks) / valid
         loss.backward()
         total += loss.detach()
     return total
 
 
 @torch.no_grad()
-def evaluate(model: Phi, held_out: TokenDataset, config: TrainConfig) -> float:
-    """The loss, in nats per token, over the same --validation-samples samples (or all there are) every time."""
-    total, valid, samples = 0.0, 0, min(config.validation_samples, len(held_out))
-    for first in range(0, samples, config.micro_batch):
-        batch = held_out.batch(first, min(config.micro_batch, samples - first))
-        total += _summed_loss(model, batch, config.segment_ids).item()
-        valid += int((batch[1] != IGNORED).sum())
-    return total / max(1, valid)
+def evaluate(
+    model: Phi,
+    held_out: Samples,
+    config: TrainConfig,
+    ranks: Ranks = ALONE,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> float | None:
+    """The loss, in nats per token, over the same --validation-samples samples (or all there are) every time.
+
+    Each rank takes its part of them; `interrupted`, asked before each micro-batch, ends it early with None.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # losses, valid targets
+    samples = min(config.validation_samples, len(held_out))
+    for first in range(0, samples, config.micro_batch * ranks.size):
+        if interrupted():
+            return None
+        mine = first + ranks.rank * config.micro_batch
+        tokens, targets, segment_ids = held_out.batch(min(mine, samples - 1), min(config.micro_batch, samples - first))
+        targets[max(0, samples - mine) :] = IGNORED  # a forward takes all ranks, those whose samples are used up too
+        sums[0] += _summed_loss(model, (tokens, targets, segment_ids), config.segment_ids, ranks)
+        sums[1] += int((targets != IGNORED).sum())
+    parallel.forget_gathered(model)
+    loss, valid = parallel.sum_over_ranks(sums, ranks).tolist()
+    return loss / max(1.0, valid)
 
 
-def _summed_loss(model: Phi, batch: Batch, mask_documents: bool) -> Tensor:
-    tokens, targets, segment_ids = (torch.from_numpy(array).to(model.embed.device) for array in batch)
+def _summed_loss(model: Phi, batch: Batch, mask_documents: bool, ranks: Ranks) -> Tensor:
+    tokens, targets, segment_ids = (parallel.to_device(torch.from_numpy(array), ranks.device) for array in batch)
     if not mask_documents or (batch[2] == batch[2][:, :1]).all():  # one document per row: plain causal attention
         segment_ids = None
     return model.loss(tokens, targets, segment_ids, reduction="sum")
-
-
-def _update(model: Phi, optimizer: torch.optim.AdamW, batch: Batch, lr: float, config: TrainConfig) -> dict:
-    """One optimizer step; returns its record. InputError, before any weight changes, where a gradient is not finite."""
-    begun = time.perf_counter()
-    loss = accumulate_gradients(model, batch, config).item()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
-    if not math.isfinite(loss + norm):
-        raise InputError(
-            f"training: expected a finite loss and gradient, got loss {loss}, gradient norm {norm}: "
-            "the newest checkpoint is from before; go on with a lower --lr"
-        )
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    rate = batch[0].size / (time.perf_counter() - begun)
-    return {"loss": loss, "grad_norm": norm, "lr": lr, "tokens_per_second": rate}
-
-
-def _order(config: TrainConfig) -> dict:
-    """What decides which tokens a sample index stands for: a resumed run must agree on it."""
-    manifest = hashlib.sha256((config.data / "manifest.json").read_bytes()).hexdigest()
-    return {"data": manifest, "seed": config.seed, "context": config.context}
-
-
-def _resume(config: TrainConfig, folder: Path, tensors: dict[str, Tensor], console: Console) -> Position:
-    """Reads the checkpoint that --resume asks for into `tensors`; the position it stands at, or the start."""
-    present = checkpoint.checkpoints(folder)
-    if config.resume == "never":
-        if present:
-            raise InputError(f"{folder}: expected none with --resume never, got {present[0].name}: take another --out")
-        return Position()
-    if config.resume == "auto":
-        path, state, rejected = checkpoint.newest_valid(folder)
-        for reason in rejected:
-            console.print(f"not used: {reason}", markup=False)
-        if path is None and rejected:
-            raise InputError(f"{folder}: expected a valid checkpoint, got {len(rejected)} damaged: take another --out")
-        if path is None:
-            return Position()
-    else:
-        path = Path(config.resume)
-        state = checkpoint.verify(path)
-    for name, value in _order(config).items():
-        if state[name] != value:
-            raise InputError(f"{path}: expected {name} {state[name]} as it was begun with, got {value}")
-    checkpoint.load(path, state, tensors)
-    for newer in present:
-        if checkpoint.step_of(newer) > state["step"]:
-            console.print(f"{newer}: renamed to {checkpoint.set_aside(newer).name}", markup=False)
-    console.print(f"Going on from {path}", markup=False)
-    for name, value in config.to_json().items():
-        if name not in ("resume", "data", "out") and (before := state["config"][name]) != value:
-            console.print(f"with another {name}: {before} -> {value}", markup=False)
-    return Position(**{field.name: state[field.name] for field in fields(Position)})
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """SIGINT and SIGTERM set the event; a second one ends the process at once."""
-    stop = threading.Event()
-
-    def handle(number, _frame):
-        if stop.is_set():
-            os._exit(128 + number)
-        stop.set()
-        os.write(2, b"\nStopping after this step; once more to stop at once.\n")  # print is not safe in a handler
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

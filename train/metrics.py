@@ -10,11 +10,11 @@ A record is one optimizer step, or one validation; all values are numbers (loss 
     progress                    0..1 of the run
     tokens_per_second           of all ranks together
     seconds, eta_seconds        spent in the loop so far, and left at this rate
-    step_seconds                between the ends of the step before and of this one, which is about
+    step_seconds                from the end of the step (or validation, or copy for a checkpoint) before to this one's:
         data_seconds              waiting for samples
         forward_backward_seconds  gradients, their reduction included
         optimizer_seconds         norm, clipping, AdamW
-        other_seconds             checkpoint snapshots, validation, the loop itself
+        other_seconds             the rest
     memory_bytes                peak since the start on rank 0: of the device's allocator, or of the process on a CPU
     val_loss                    of a validation, whose records have only this, step, tokens and progress
 An event is something that happens rarely: {"event": kind, "step", "time" (ISO 8601, UTC), ...}. Kinds: start, save,
@@ -242,6 +242,6 @@ def _smoothed(old: float | None, new: float) -> float:
     return new if old is None else SMOOTHING * old + (1 - SMOOTHING) * new
 
 
-def terminal() -> Console:
-    """Where a run reports: standard error, so that standard output stays for results."""
-    return Console(file=sys.stderr, soft_wrap=True)
+def terminal(rank: int = 0) -> Console:
+    """Where a run reports: standard error, so that standard output stays for results; rank 0 speaks for all."""
+    return Console(file=sys.stderr, soft_wrap=True, quiet=rank > 0)

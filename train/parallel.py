@@ -1,14 +1,269 @@
-"""Where this process stands among those that train: the only file of the trainer that knows of ranks."""
+"""The processes that train together: the only file of the trainer that knows how parameters are spread over them.
 
+torchrun starts one process for each GPU. FSDP2 keeps of every parameter, its gradient and its moments a part on each
+rank, in fp32; before a forward the parts are gathered in bf16 and stay gathered until the backward is done; gradients
+are summed in fp32. On several nodes each node holds all the parts (HSDP), so that parameters travel inside it alone.
+One process on a CPU is not distributed at all: ALONE.
+
+Of a group of processes on the host, `Team` says who is in it and lets them decide together. There are two, on gloo: one
+for the training loop, one for the thread that writes checkpoints, since a thread must never share a group.
+"""
+
+import json
 import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from xiangxin_fast.errors import InputError
 
 
-def join() -> torch.device:
-    """The device this process computes on. InputError where torchrun started more than one process."""
-    if (size := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise InputError(f"training: expected one process, got WORLD_SIZE={size}: give torchrun --nproc_per_node=1")
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+class TeamError(InputError):
+    """What failed on one rank, told to all of them."""
+
+
+@dataclass(frozen=True)
+class Team:
+    """Processes that talk on the host, in lockstep: each of its methods is called by all of them, in the same order."""
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    def gather(self, value: object) -> list:
+        """Each rank's `value` (JSON), by rank."""
+        if self.group is None:
+            return [value]
+        texts: list = [None] * self.size
+        dist.all_gather_object(texts, json.dumps(value), group=self.group)
+        return [json.loads(text) for text in texts]
+
+    def together(self, action: Callable[[], object]) -> list:
+        """What `action` gives on each rank (JSON). TeamError on every rank where it fails on one (InputError, OSError).
+
+        Without this, a rank that fails leaves the others waiting for it in the next call.
+        """
+        value = error = None
+        try:
+            value = action()
+        except (InputError, OSError) as failure:
+            if self.group is None:
+                raise
+            error = str(failure)
+        results = self.gather([value, error])
+        for rank, (_, failure) in enumerate(results):
+            if failure is not None:
+                raise TeamError(failure if rank == 0 else f"rank {rank}: {failure}")
+        return [value for value, _ in results]
+
+    def first(self, action: Callable[[], object]) -> object:
+        """What `action` gives on rank 0, which alone does it."""
+        return self.together(lambda: action() if self.rank == 0 else None)[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds on any rank."""
+        return any(self.gather(flag))
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process and those it trains with. `mesh` is [replicas, shards], or [shards] where there is one replica."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    mesh: DeviceMesh | None = None  # None: one process, nothing is sharded
+    host_mesh: DeviceMesh | None = None  # the same ranks, for copies on the host
+    control: Team = Team()
+    saving: Team = Team()
+    store: dist.Store | None = None
+
+    @property
+    def replicas(self) -> int:
+        return self.mesh.size(0) if self.mesh is not None and self.mesh.ndim == 2 else 1
+
+    @property
+    def replica(self) -> int:
+        """Which replica of the model this rank holds a part of."""
+        return self.rank // (self.size // self.replicas)
+
+    def gather(self, report: Tensor) -> Tensor:
+        """Each rank's `report` [n] as [size, n], on the device and the same on all ranks; the host does not wait."""
+        if self.mesh is None:
+            return report[None]
+        reports = report.new_empty(self.size, len(report))
+        dist.all_gather(list(reports), report)
+        return reports
+
+
+ALONE = Ranks()
+
+
+def join(timeout: float = 600.0, replicas: int | None = None) -> Ranks:
+    """The ranks that torchrun started, of which this process is one; without torchrun and GPUs, ALONE.
+
+    `timeout` (seconds) bounds every wait for another rank. `replicas`: how many copies of the model there are, each
+    over size / replicas ranks; by default one for each node. InputError where that does not divide.
+    """
+    size, cuda = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available()
+    if size == 1 and not cuda:
+        return ALONE
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    replicas = replicas or max(1, size // local_size)
+    if size % replicas:
+        raise InputError(f"training: expected --replicas to divide {size} ranks, got {replicas}")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    store, rank, size = next(dist.rendezvous("env://")) if size > 1 else (dist.HashStore(), 0, 1)
+    wait = timedelta(seconds=timeout)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
+    shape = (replicas, size // replicas) if replicas > 1 else (size,)
+    mesh = init_device_mesh(device.type, shape)
+    host_mesh = init_device_mesh("cpu", shape) if cuda else mesh
+    teams = [Team(rank, size, dist.new_group(backend="gloo", timeout=wait)) for _ in range(2)]
+    return Ranks(rank, size, device, mesh, host_mesh, *teams, store)
+
+
+def leave(ranks: Ranks) -> None:
+    """Ends what `join` began, once all ranks are done."""
+    if ranks.mesh is not None:
+        dist.destroy_process_group()
+
+
+def place() -> str:
+    """Where this process is, for people: host and process id."""
+    return f"{socket.gethostname()}, process {os.getpid()}"
+
+
+def shard(model: nn.Module, ranks: Ranks, compute: torch.dtype | None = None, *, reshard: bool = False) -> nn.Module:
+    """Spreads the parameters of `model` over the ranks, in place: each block is gathered by itself, the rest together.
+
+    `compute`: dtype of the gathered parameters, by default bf16 on a GPU and fp32 on a CPU. `reshard`: free a block's
+    gathered parameters after its forward and gather them again for its backward.
+    """
+    if ranks.mesh is None:
+        return model
+    if compute is None:
+        compute = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+    # Forward's inputs stay as they are: cos and sin are fp32, and in bf16 positions beyond 256 would be one.
+    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block, mesh=ranks.mesh, mp_policy=precision, reshard_after_forward=reshard)
+    fully_shard(model, mesh=ranks.mesh, mp_policy=precision, reshard_after_forward=reshard)
+    register_fsdp_forward_method(model, "loss")  # other methods would meet parameters that nobody has gathered
+    for module in _sharded_modules(model):
+        # Each sums gradients, since the loss is divided by the valid targets of all ranks. The root's setting is its
+        # own: on the root alone, the gradients of the blocks would come out divided by the number of ranks.
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)
+    return model
+
+
+def _sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def sum_gradients_now(model: nn.Module, now: bool) -> None:
+    """Whether the next backward sums gradients over the ranks, or keeps them for a later one that does.
+
+    A backward that only keeps them leaves the parameters gathered: the next micro-batch needs them as they are.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
+        model.set_is_last_backward(now)
+        model.set_reshard_after_backward(now)
+
+
+def forget_gathered(model: nn.Module) -> None:
+    """Frees parameters that a forward without backward left gathered; they would outlive the next update."""
+    for module in _sharded_modules(model):
+        module.reshard()
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's on the device; the host does not wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def device_name(ranks: Ranks) -> str:
+    """The GPU's name, or "cpu"."""
+    return torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
+
+
+def sum_over_ranks(value: Tensor, ranks: Ranks) -> Tensor:
+    """`value` summed over the ranks, in place, on its device; the host does not wait."""
+    if ranks.mesh is not None:
+        dist.all_reduce(value)
+    return value
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, sharing its memory; any other tensor is its own part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(part: Tensor, parameter: Tensor, mesh: DeviceMesh | None = None) -> Tensor:
+    """`part` as this rank's part of a tensor spread as `parameter` is, on `mesh` (default: the parameter's)."""
+    if not isinstance(parameter, DTensor):
+        return part
+    return DTensor.from_local(
+        part,
+        mesh or parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def host_copies(tensors: dict[str, Tensor], ranks: Ranks, into: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Copies of `tensors` on the host that nothing else refers to, complete on return; `into`: earlier ones."""
+    copies = {}
+    for name, tensor in tensors.items():
+        part = local(tensor)
+        pinned = part.device.type == "cuda"
+        copy = local(into[name]) if into else torch.empty_like(part, device="cpu", pin_memory=pinned)
+        copies[name] = like(copy.copy_(part, non_blocking=True), tensor, ranks.host_mesh)
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize(ranks.device)
+    return copies
+
+
+@torch.no_grad()
+def gathered(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
+    """On rank 0, each whole parameter by name: on the host where the model is sharded. Elsewhere, nothing."""
+    if ranks.mesh is None:
+        return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    whole = {}
+    for name, parameter in model.named_parameters():
+        full = parameter.full_tensor()
+        if ranks.rank == 0:
+            whole[name] = full.cpu()
+    return whole
+
+
+def disagreeing_ranks(parts: list[Tensor], ranks: Ranks) -> list[list[int]]:
+    """Groups of ranks whose `parts`, which are copies of each other, differ in any bit: one list of all ranks of each.
+
+    A fingerprint is the sum of all 32-bit words times odd numbers, modulo 2**64, which no single flipped bit leaves as
+    it is. Where there is one replica there is nothing to compare.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=ranks.device)
+    for part in parts:
+        words = part.contiguous().view(torch.int32).flatten()
+        odd = torch.arange(1, 2 * words.numel() + 1, 2, device=words.device)
+        total = total * 31 + (words * odd).sum()
+    prints = ranks.gather(total[None])[:, 0].tolist()
+    shards = ranks.size // ranks.replicas
+    groups = [list(range(shard, ranks.size, shards)) for shard in range(shards)]
+    return [group for group in groups if len({prints[rank] for rank in group}) > 1]
