@@ -1,4 +1,4 @@
-"""Entry point of training: `python train/run.py --help`, or under `torchrun --nproc_per_node=1 train/run.py`."""
+"""Entry point of training: `python train/run.py --help`, or under `torchrun --nproc_per_node=8 train/run.py`."""
 
 import shlex
 import sys
@@ -14,6 +14,11 @@ from xiangxin_fast.errors import exits_cleanly
 @exits_cleanly
 def main() -> None:
     """Trains as the command line says; exit code 0 also when interrupted and saved, 2 where something does not fit."""
+    if "--plan" in sys.argv:
+        from train import plan
+
+        plan.main([argument for argument in sys.argv[1:] if argument != "--plan"])
+        return
     config = parse(sys.argv[1:])
     from train.loop import train  # imports torch, which --help and a mistyped option need not wait for
 
