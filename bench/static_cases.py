@@ -133,7 +133,8 @@ ATTENTION_CANDIDATES = {
 
 
 def attention(s: Shape) -> list[Case]:
-    """Forward and backward; "block": the backward as parallel_block has it, with pairs rotated back and column sums."""
+    """The op with rotary embedding; "block": parallel_block's backward, which rotates pairs back and sums columns;
+    "packed": forward and backward of the block with documents, as long as the sequence where work is counted."""
     B, T, H, D, R = s.B, s.T, s.config.heads, s.config.head_dim, s.config.rotary_dim
     module, scale = _kernels("attention"), s.config.head_dim**-0.5
     rows = ("q", "k", "v", "out", "copy", "dout", "dq", "dk", "dv")
@@ -146,18 +147,19 @@ def attention(s: Shape) -> list[Case]:
             | {name: new(T, R // 2, dtype=torch.float32) for name in ("cos", "sin")}
             | {"dq_sums": new(B * T // 16, H, D, dtype=torch.float32)}
             | {"dkv_sums": new(2, B * T // 16, H, D, dtype=torch.float32)}
+            | {"bounds": new(2, B, T, dtype=torch.int32)}
         )
 
-    def forward(t: dict[str, Tensor]) -> None:
-        module._attention_fwd(
-            t["q"], t["k"], t["v"], None, None, None, t["out"], t["copy"], t["lse"], scale, 0
-        )  # fmt: skip
+    def forward(t: dict[str, Tensor], variant: str) -> None:
+        bounds = t["bounds"] if variant == "packed_" else None
+        module._attention_fwd(t["q"], t["k"], t["v"], None, None, bounds, t["out"], t["copy"], t["lse"], scale, 0)
 
-    def backward(t: dict[str, Tensor], block: bool) -> None:
+    def backward(t: dict[str, Tensor], variant: str) -> None:
         names = ("q", "k", "v", "out", "dout", "lse", "cos", "sin")
+        bounds = t["bounds"] if variant == "packed_" else None
         written = [t[name] for name in ("dq", "dk", "dv", "delta")]
-        sums = (t["dq_sums"], t["dkv_sums"]) if block else (None, None)
-        module._attention_bwd(*(t[n] for n in names), None, *written, *sums, scale, block)
+        sums = (t["dq_sums"], t["dkv_sums"]) if variant else (None, None)
+        module._attention_bwd(*(t[n] for n in names), bounds, *written, *sums, scale, bool(variant))
 
     def by_query_tile(a: Arguments) -> tuple[int, int]:
         full = [(start + 1) // a["BLOCK_N"] for start in range(0, T, a["BLOCK_M"])]
@@ -174,27 +176,36 @@ def attention(s: Shape) -> list[Case]:
             full += math.ceil(T / a["BLOCK_M"]) - end
         return B * H * diagonal, B * H * full
 
-    def case(part: str, launch: Callable, products: int, moved: int, trips: Callable, block: bool = False) -> Case:
+    def case(variant: str, part: str, launch: Callable, products: int, moved: int, trips: Callable) -> Case:
+        def loops(a: Arguments) -> tuple[int, ...]:
+            if not a["DOCUMENTS"]:
+                return trips(a)
+            return (*trips(a), 0) if part == "bwd_dkv" else (0, *trips(a))
+
         return Case(
-            name=f"attention/{'block_' if block else ''}{part}",
+            name=f"attention/{variant}{part}",
             module=module,
             chooser="choose_attention",
             tensors=tensors,
-            launch=launch,
+            launch=partial(launch, variant=variant),
             work={
                 f"_attention_{part}_kernel": Work(
-                    bytes=moved * tensor_bytes, flops=2 * products * pairs * D, trips=trips
+                    bytes=moved * tensor_bytes, flops=2 * products * pairs * D, trips=loops
                 )
             },
-            candidates={} if block else ATTENTION_CANDIDATES[part],
+            candidates={} if variant else ATTENTION_CANDIDATES[part],
         )
 
-    backwards = [
-        case(part, partial(backward, block=block), products, 6, trips, block)
-        for block in (False, True)
-        for part, products, trips in (("bwd_dq", 3, by_query_tile), ("bwd_dkv", 4, by_key_tile))
+    return [
+        case(variant, *about)
+        for about in (
+            ("fwd", forward, 2, 5, by_query_tile),
+            ("bwd_dq", backward, 3, 6, by_query_tile),
+            ("bwd_dkv", backward, 4, 6, by_key_tile),
+        )
+        for variant in ("", "block_", "packed_")
+        if (variant, about[0]) != ("block_", "fwd")
     ]
-    return [case("fwd", forward, 2, 5, by_query_tile), *backwards]
 
 
 CROSS_ENTROPY_CANDIDATES = tuple(

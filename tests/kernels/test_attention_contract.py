@@ -25,6 +25,7 @@ from tests.op_contract import (
 
 pytestmark = [pytest.mark.interpreter] if INTERPRET else []
 triton_only = pytest.mark.interpreter
+needs_compiler = pytest.mark.skipif(INTERPRET, reason="the interpreter excludes the compiler")
 
 QKV = ("q", "k", "v")
 
@@ -360,12 +361,12 @@ def test_limits_of_the_kernels_are_said(q, words):
     assert words in str(raised.value)
 
 
-@pytest.mark.skipif(INTERPRET, reason="the interpreter excludes the compiler")
+@needs_compiler
 def test_a_full_tile_issues_matrix_work_for_80_columns_and_no_more():
     from bench import static
 
     rows = static.rows_of(static.examine(static.jobs_of("attention"), progress=False))
-    assert len(rows) == 10
+    assert len(rows) == 16
     for row in rows:
         issued = 0
         for name, count in row.tensor.items():  # HMMA.16816 of each warp, HGMMA.64x128x16 of each four
@@ -373,3 +374,21 @@ def test_a_full_tile_issues_matrix_work_for_80_columns_and_no_more():
             issued += 2 * m * n * k * count * row.warps // (1 if name.startswith("HMMA") else 4)
         products = {"fwd": 2, "dq": 3, "dkv": 4}[row.kernel.split("_")[-2]]
         assert issued == products * 2 * row.config["block_m"] * row.config["block_n"] * 80, f"{row.case} sm_{row.arch}"
+
+
+@needs_compiler
+def test_tiles_arrive_by_asynchronous_copies_16_bytes_wide_in_the_64_wide_part():
+    """LDGSTS.E.BYPASS.128, in the loops of both architectures: nothing waits in a register for memory."""
+    from bench import sass, static, static_compile
+
+    for job, made in static_compile.compile_all(static.jobs_of("attention")).items():
+        for compiled in made:
+            loops = sass.hot_loops(sass.parse(compiled.sass).instructions)
+            rows = compiled.numbers["BLOCK_M" if "dkv" in job.case else "BLOCK_N"]
+            for number, loop in enumerate(loops):
+                if "fwd" in job.case and number == len(loops) - 1:
+                    rows = compiled.numbers["DIAGONAL_N"]
+                assert not [i.opcode for i in loop if i.base == "LDG"], f"{job}: loads into registers in a hot loop"
+                wide = sum(i.opcode == "LDGSTS.E.BYPASS.128" for i in loop) * compiled.threads * 16
+                both = 2 * rows * 64 * 2  # k and v, or q and dout, in 16 bits
+                assert wide >= both, f"{job}: {wide} of {both} bytes by 16-byte asynchronous copies"
