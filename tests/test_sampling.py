@@ -13,10 +13,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from tests.chi_square import assert_distributed
+from xiangxin_fast import sampling as sampling_file
 from xiangxin_fast.errors import InputError
 from xiangxin_fast.sampling import (
     Sampling,
     choose,
+    draw_key,
     gumbel,
     keep_min_p,
     keep_top_k,
@@ -31,6 +34,16 @@ def logits(rows: int = 4, V: int = 500, seed: int = 0) -> torch.Tensor:
     values = torch.randn(rows, V, generator=torch.Generator().manual_seed(seed)) * 3
     values[-1] = values[-1].round()
     return values
+
+
+def processed(values: torch.Tensor, sampling: Sampling, seen: torch.Tensor | None = None) -> torch.Tensor:
+    return process(values, sampling, sampling.numbers(), seen)
+
+
+def draw(values: torch.Tensor, sampling: Sampling, draws: list[tuple[int, int]]) -> torch.Tensor:
+    """One token for each row of processed logits; draws: (sample, step) of each."""
+    keys = torch.tensor([draw_key(sampling.seed, sample) for sample, _ in draws])
+    return choose(values, sampling, keys, torch.tensor([step for _, step in draws]))
 
 
 NO_IDS = torch.zeros(4, 1, dtype=torch.int64)
@@ -91,72 +104,152 @@ class TestAgainstTransformers:
                 chain.append(warper(options[name]))
         values = logits()[:3]  # without the ties: our logits are shifted, which may round a tie at the border otherwise
         expected = chain(ids[:3], values)
-        actual = process(values, Sampling(**options), 500, seen[:3])
+        actual = processed(values, Sampling(**options), seen[:3])
         assert torch.equal(actual.isneginf(), expected.isneginf())
         torch.testing.assert_close(actual.softmax(-1), expected.softmax(-1), rtol=1e-5, atol=1e-9)
 
 
+class TestNoise:
+    def test_is_the_hash_in_whole_numbers(self):
+        """int64 tensors wrap around as Python's numbers do modulo 2^64, and both shift arithmetically."""
+
+        def signed(x: int) -> int:
+            return (x + 2**63) % 2**64 - 2**63
+
+        def expected(key: int, step: int, token: int) -> float:
+            x = signed(key + step * 0x9E3779B97F4A7C15 + token * 0xD1B54A32D192ED03)
+            x = signed((x ^ x >> 30) * 0xBF58476D1CE4E5B9)
+            x = signed((x ^ x >> 27) * 0x94D049BB133111EB)
+            return -math.log(-math.log(x * (2.0**-64 * (1 - 2.0**-52)) + 0.5))
+
+        keys, steps = [draw_key(5, 0), draw_key(2**64 - 1, 10**6), 2**63 - 1], [0, 2047, 3]
+        actual = gumbel(torch.tensor(keys), torch.tensor(steps), 300)
+        for row in range(3):
+            wanted = [expected(keys[row], steps[row], token) for token in range(300)]
+            torch.testing.assert_close(actual[row], torch.tensor(wanted, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+
+    def test_is_finite_at_the_largest_and_the_smallest_hash(self, monkeypatch):
+        """An infinite one, added to the -inf of a removed token, would be NaN, which argmax takes."""
+        largest = 2**63 - 1
+        for shift in (27, 30):  # undone
+            y = largest
+            for _ in range(3):
+                largest = y ^ largest >> shift
+        monkeypatch.setattr(sampling_file, "_MIX_1", 1)
+        for sign, expected in ((1, -math.log(2.0**-53)), (-1, -math.log(53 * math.log(2)))):
+            monkeypatch.setattr(sampling_file, "_MIX_2", sign)
+            noise = gumbel(torch.tensor([largest]), torch.tensor([0]), 1).item()
+            assert abs(noise - expected) < 1e-6
+
+    @pytest.mark.parametrize("along", ["tokens", "steps", "samples", "seeds"])
+    def test_uniform_and_no_neighbour_tells_of_the_next(self, along):
+        """exp(-exp(-noise)) in the order of one of the counters: values in 256 bins, successive pairs in 16 x 16; and
+        its bits further behind, which a weak finaliser leaves in order.
+        """
+        n = 65_536
+        zeros, counter = torch.zeros(n, dtype=torch.int64), torch.arange(n)
+        if along == "tokens":
+            noise = gumbel(torch.tensor([draw_key(0, 0)]), zeros[:1], n)[0]
+        elif along == "steps":
+            noise = gumbel(zeros + draw_key(0, 0), counter, 1)[:, 0]
+        else:
+            keys = [draw_key(0, i) if along == "samples" else draw_key(i, 0) for i in range(n)]
+            noise = gumbel(torch.tensor(keys), zeros, 1)[:, 0]
+        uniform = (-(-noise).exp()).exp()
+        for digits in (uniform, uniform * 2**12 % 1, uniform * 2**24 % 1):
+            assert_distributed(torch.bincount((digits * 256).long(), minlength=256), torch.full((256,), n / 256))
+            coarse = (digits * 16).long()
+            pairs = coarse[:-1] * 16 + coarse[1:]
+            assert_distributed(torch.bincount(pairs, minlength=256), torch.full((256,), (n - 1) / 256))
+
+    def test_every_bit_of_the_input_moves_every_bit_that_decides(self):
+        """Avalanche: each of the first 32 bits of the result flips half the time, whichever bit of the key does."""
+        n = 4000
+        keys = torch.randint(-(2**63), 2**63 - 1, (n,), generator=torch.Generator().manual_seed(0))
+
+        def bits(keys: torch.Tensor) -> torch.Tensor:
+            uniform = (-(-gumbel(keys, torch.zeros_like(keys), 1)).exp()).exp()
+            return (uniform * 2**32).long() >> torch.arange(32) & 1
+
+        before = bits(keys)
+        for bit in range(64):
+            flipped = (before ^ bits(keys ^ (1 << bit if bit < 63 else -(2**63)))).double().mean(0)
+            assert (flipped - 0.5).abs().max() < 0.05, bit  # 6 standard deviations
+
+    def test_keys_of_different_samples_and_seeds_differ(self):
+        assert len({draw_key(seed, sample) for seed in range(100) for sample in range(100)}) == 10_000
+
+    def test_counters_do_not_meet_within_a_sample(self):
+        """No two (step, token) of a context of 2048 and a vocabulary of 51,200 are the same hash input."""
+        steps = torch.arange(-2047, 2048) * sampling_file._STEP
+        tokens = torch.arange(-51_199, 51_200) * sampling_file._TOKEN
+        assert steps[torch.isin(steps, tokens)].tolist() == [0]
+
+    @pytest.mark.gpu
+    def test_is_the_same_on_a_gpu(self):
+        keys, steps = torch.tensor([draw_key(0, i) for i in range(8)]), torch.arange(8)
+        torch.testing.assert_close(
+            gumbel(keys.cuda(), steps.cuda(), 5000).cpu(), gumbel(keys, steps, 5000), rtol=1e-12, atol=1e-12
+        )
+
+
 class TestDraw:
     def test_frequencies_are_the_probabilities(self):
-        """Chi-square of 20,000 draws: a right sampler fails at p = 1e-6, and the seed is fixed."""
         V, n = 50, 20_000
-        values = logits(2, V, seed=3)[:1]
         sampling = Sampling(top_k=20, seed=7)
-        processed = process(values, sampling, V)
-        expected = processed.softmax(-1)[0].double() * n
-        drawn = choose(processed.expand(n, V), sampling, [(i // 100, i % 100) for i in range(n)])
-        counts = torch.bincount(drawn, minlength=V).double()
-        kept = expected > 0
-        assert kept.sum() == 20
-        assert counts[~kept].sum() == 0
-        degrees = int(kept.sum()) - 1
-        statistic = float(((counts - expected)[kept] ** 2 / expected[kept]).sum())
-        # Wilson and Hilferty's normal approximation of the chi-square quantile at 4.75 standard deviations.
-        limit = degrees * (1 - 2 / (9 * degrees) + 4.75 * math.sqrt(2 / (9 * degrees))) ** 3
-        assert statistic < limit
+        values = processed(logits(2, V, seed=3)[:1], sampling)
+        expected = values.softmax(-1)[0] * n
+        assert (expected > 0).sum() == 20
+        drawn = draw(values.expand(n, V), sampling, [(i // 100, i % 100) for i in range(n)])
+        assert_distributed(torch.bincount(drawn, minlength=V), expected)
 
     def test_steps_and_samples_are_independent_draws(self):
-        """Neighbouring keys give unrelated noise: the correlation of n pairs lies within 5 / sqrt(n)."""
-        n = 20_000
-        first = gumbel(0, 0, 0, n)
-        for other in (gumbel(0, 0, 1, n), gumbel(0, 1, 0, n), gumbel(1, 0, 0, n)):
-            correlation = torch.corrcoef(torch.stack([first, other]))[0, 1]
-            assert abs(float(correlation)) < 5 / math.sqrt(n)
+        """Successive steps of a sample, and one step of successive samples, give pairs as likely as their parts."""
+        V, n = 4, 20_000
+        values = processed(logits(2, V, seed=3)[:1], Sampling())
+        probabilities = values.softmax(-1)[0].double()
+        for draws in ([(0, i) for i in range(n)], [(i, 0) for i in range(n)]):
+            drawn = draw(values.expand(n, V), Sampling(), draws)
+            pairs = torch.bincount(drawn[:-1] * V + drawn[1:], minlength=V * V)
+            assert_distributed(pairs, torch.outer(probabilities, probabilities) * (n - 1))
 
     def test_depends_on_seed_sample_and_step_alone(self):
-        processed, draws = process(logits(), Sampling(seed=5), 500), [(0, 3), (1, 0), (7, 2), (0, 4)]
-        together = choose(processed, Sampling(seed=5), draws)
-        for row, draw in enumerate(draws):
-            assert choose(processed[row : row + 1], Sampling(seed=5), [draw]).item() == together[row].item()
-        other_seed = choose(processed, Sampling(seed=6), draws)
-        assert not torch.equal(together, other_seed)
+        values, draws = processed(logits(), Sampling(seed=5)), [(0, 3), (1, 0), (7, 2), (0, 4)]
+        together = draw(values, Sampling(seed=5), draws)
+        for row, of_row in enumerate(draws):
+            assert draw(values[row : row + 1], Sampling(seed=5), [of_row]).item() == together[row].item()
+        assert not torch.equal(together, draw(values, Sampling(seed=6), draws))
 
-    def test_removed_tokens_are_never_drawn_even_by_infinite_noise(self, monkeypatch):
-        """A zero exponential makes infinite noise, and infinity minus infinity is what argmax would take: NaN."""
-        infinite = torch.full((500,), math.inf, dtype=torch.float64)
-        infinite[3] = 0.0
-        monkeypatch.setattr("xiangxin_fast.sampling.gumbel", lambda *key: infinite)
-        values = torch.full((1, 500), -math.inf)
-        values[0, 3] = 1.0
-        assert choose(values, Sampling(), [(0, 0)]).tolist() == [3]
-
-    @pytest.mark.parametrize("temperature", [0.0, 1.0, 100.0])
-    def test_ids_without_a_token_are_never_chosen(self, temperature):
-        values = logits()
-        values[:, 400:] = 100.0
-        for step in range(20):
-            sampling = Sampling(temperature=temperature)
-            assert choose(process(values, sampling, 400), sampling, [(row, step) for row in range(4)]).max() < 400
+    def test_removed_tokens_are_never_drawn(self):
+        values = torch.full((2000, 500), -math.inf)
+        values[:, 3] = 1.0
+        assert draw(values, Sampling(), [(i, 0) for i in range(2000)]).unique().tolist() == [3]
 
     @pytest.mark.parametrize("temperature", [1e-300, 1e-30, 1e-4])
     def test_small_temperatures_end_in_the_greedy_choice(self, temperature):
         values = logits()[:3] * 1e4
         sampling = Sampling(temperature=temperature, top_k=50, top_p=0.9, min_p=0.1)
-        assert torch.equal(choose(process(values, sampling, 500), sampling, [(0, 0)] * 3), values.argmax(-1))
+        assert torch.equal(draw(processed(values, sampling), sampling, [(0, 0)] * 3), values.argmax(-1))
 
     def test_greedy_takes_the_first_of_equals(self):
         values = torch.tensor([[0.0, 2.0, 2.0, 1.0]])
-        assert choose(process(values, Sampling(temperature=0), 4), Sampling(temperature=0), [(0, 0)]).tolist() == [1]
+        greedy = Sampling(temperature=0)
+        assert draw(processed(values, greedy), greedy, [(0, 0)]).tolist() == [1]
+
+
+def test_samplings_of_a_kind_run_the_same_operations_and_others_do_not():
+    """A captured graph serves all Samplings of its kind: their values come from device memory."""
+    base = {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.2}
+    others = {"temperature": 1.3, "top_p": 0.5, "min_p": 0.3, "repetition_penalty": 2.0}
+    seen = torch.zeros(4, 500, dtype=torch.bool).index_fill_(1, torch.arange(50), True)
+    one, other = Sampling(**base), Sampling(**base | others, seed=9)
+    assert one.kind == other.kind
+    captured = process(logits(), one, other.numbers(), seen)
+    assert torch.equal(captured, processed(logits(), other, seen))
+    assert not torch.equal(captured, processed(logits(), one, seen))
+    neutral = {"temperature": 0.0, "top_k": 41, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    kinds = {one.kind} | {Sampling(**base | {name: value}).kind for name, value in neutral.items()}
+    assert len(kinds) == 6
 
 
 @pytest.mark.parametrize(

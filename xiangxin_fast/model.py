@@ -46,10 +46,12 @@ class Block(nn.Module):
             heads=self.heads, eps=self.eps, segment_ids=bounds, cache=cache, q_start=q_start,
         )  # fmt: skip
 
-    def decode(self, x: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor], positions: Tensor) -> Tensor:
+    def decode(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor], positions: Tensor, slots=None
+    ) -> Tensor:
         return decode_block(
             x, self.ln_w, self.ln_b, self.w_in, self.b_in, self.w_out, self.b_out, cos, sin, *cache, positions,
-            heads=self.heads, eps=self.eps,
+            heads=self.heads, eps=self.eps, slots=slots,
         )  # fmt: skip
 
 
@@ -135,13 +137,14 @@ class Phi(nn.Module):
         return decode_head(x[:, -1], self.ln_w, self.ln_b, self.head_w, self.head_b, self.config.eps)
 
     @torch.no_grad()
-    def decode(self, tokens: Tensor, cache: KVCache, positions: Tensor) -> Tensor:
-        """One token for each row of the cache, tokens [B] at positions [B]: logits [B, V] of what follows it.
+    def decode(self, tokens: Tensor, cache: KVCache, positions: Tensor, slots: Tensor | None = None) -> Tensor:
+        """One token per row, tokens [B] at positions [B] of cache rows `slots` [B]; logits [B, V] of what follows.
 
-        A row's bits depend on that row alone. InputError past the context.
+        Without `slots` row b is the cache's row b. A row's bits depend on that row alone. Positions must lie within the
+        context: they are not looked at, since the host would have to wait for them. InputError in fp16.
         """
-        x, cos, sin = self.embedded(tokens[:, None], int(positions.max()))
+        x, cos, sin = self.embedded(tokens[:, None])
         x = x[:, 0]
         for layer, block in enumerate(self.blocks):
-            x = block.decode(x, cos, sin, (cache.k[layer], cache.v[layer]), positions)
+            x = block.decode(x, cos, sin, (cache.k[layer], cache.v[layer]), positions, slots)
         return decode_head(x, self.ln_w, self.ln_b, self.head_w, self.head_b, self.config.eps)

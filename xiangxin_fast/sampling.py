@@ -1,17 +1,17 @@
-"""From logits to the next token.
+"""From logits to the next token, in tensor operations alone: a captured graph can hold all of it.
 
-The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p; then the draw. Before all of
-them, ids that no token has are removed. Temperature 0 is greedy: the largest penalised logit, the first of equals.
+The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p; then the draw. Temperature 0 is
+greedy: the largest penalised logit, the first of equals.
 
 The draw adds Gumbel noise and takes the largest (Gumbel-max, Maddison et al. 2014, arXiv:1411.0030), so a token of
-probability zero is never drawn. The noise is a function of (seed, sample, step) alone: what else is in the batch, and
-when a sample began, change nothing.
+probability zero is never drawn. The noise is a counter hashed by splitmix64's finaliser (Steele, Lea, Flood 2014,
+doi:10.1145/2660193.2660195): a function of (seed, sample, step, token) alone. What else is in the batch, when a sample
+began and on which device it runs change nothing.
 """
 
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,8 +41,23 @@ class Sampling:
         expect("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number > 0")
         expect("seed", 0 <= self.seed < 2**64, "a whole number in 0..2^64-1")
 
+    @property
+    def penalizes(self) -> bool:
+        return self.repetition_penalty != 1
 
-def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    @property
+    def kind(self) -> tuple[int | bool, ...]:
+        """What decides which operations run; Samplings of one kind differ in `numbers` and seed alone."""
+        return self.temperature == 0, self.top_k, self.top_p < 1, self.min_p > 0, self.penalizes
+
+    def numbers(self) -> Tensor:
+        """fp64 [4] on the CPU: temperature, top_p, min_p, repetition_penalty, as `process` takes them."""
+        # Below fp32's smallest number it would become 0 there, and 0 / 0 is not greedy.
+        temperature = max(self.temperature, torch.finfo(torch.float32).tiny)
+        return torch.tensor([temperature, self.top_p, self.min_p, self.repetition_penalty], dtype=torch.float64)
+
+
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float | Tensor) -> Tensor:
     """logits [B, V] with those of `seen` [B, V] divided by `penalty` where positive, multiplied where negative."""
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
@@ -53,56 +68,84 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     return logits.masked_fill(logits < smallest, -math.inf)
 
 
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
+def keep_top_p(logits: Tensor, p: float | Tensor) -> Tensor:
     """-inf for the least likely of logits [B, V] whose probabilities together are at most 1 - p; the likeliest stays.
 
     Of equals at the border the lower ids go first.
     """
     ascending, ids = logits.sort(stable=True)
     removed = ascending.softmax(-1).cumsum(-1) <= 1 - p
-    removed[:, -1] = False
+    removed[:, -1].fill_(False)
     return logits.masked_fill(torch.zeros_like(removed).scatter(1, ids, removed), -math.inf)
 
 
-def keep_min_p(logits: Tensor, p: float) -> Tensor:
+def keep_min_p(logits: Tensor, p: float | Tensor) -> Tensor:
     """-inf for all logits [B, V] whose probability is below p times the largest."""
     probabilities = logits.softmax(-1)
     return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), -math.inf)
 
 
-def process(logits: Tensor, sampling: Sampling, valid_ids: int, seen: Tensor | None = None) -> Tensor:
-    """logits [B, V] of any dtype -> fp32 [B, V] that the draw takes; what may not be drawn is -inf.
+def process(logits: Tensor, sampling: Sampling, numbers: Tensor, seen: Tensor | None = None) -> Tensor:
+    """logits [B, V] in fp32 -> [B, V] that the draw takes; what may not be drawn is -inf.
 
+    Values come from `numbers`, a Sampling's, on the device of `logits`; `sampling` says only which processors run.
     `seen` [B, V] marks the tokens of each row's prompt and completion; needed when there is a repetition penalty.
     """
-    logits = logits.float()
-    logits = logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) >= valid_ids, -math.inf)
-    if sampling.repetition_penalty != 1:
-        logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
+    temperature, top_p, min_p, penalty = numbers
+    if sampling.penalizes:
+        logits = penalize_repetition(logits, seen, penalty)
     if sampling.temperature == 0:
         return logits
     # The largest becomes 0, so that no temperature above 0, however small, overflows it.
-    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if sampling.top_k:
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p < 1:
-        logits = keep_top_p(logits, sampling.top_p)
+        logits = keep_top_p(logits, top_p)
     if sampling.min_p:
-        logits = keep_min_p(logits, sampling.min_p)
+        logits = keep_min_p(logits, min_p)
     return logits
 
 
-def gumbel(seed: int, sample: int, step: int, V: int) -> Tensor:
-    """Standard Gumbel noise [V] in fp64: a function of its arguments, from a counter-based generator keyed by them."""
-    key = np.array([seed, sample << 32 | step], dtype=np.uint64)
-    noise = np.random.Generator(np.random.Philox(key=key)).standard_exponential(V)
-    return torch.from_numpy(noise).log_().neg_()
+def _signed(x: int) -> int:
+    """The int64 with the low 64 bits of `x`."""
+    return (x + 2**63) % 2**64 - 2**63
 
 
-def choose(logits: Tensor, sampling: Sampling, draws: list[tuple[int, int]]) -> Tensor:
-    """One token for each row of processed logits [B, V]; `draws` has each row's (sample, step). int64 [B]."""
+# splitmix64: the golden-ratio increment and the finaliser's multipliers; another odd constant tells tokens from steps.
+_STEP = _signed(0x9E3779B97F4A7C15)
+_TOKEN = _signed(0xD1B54A32D192ED03)
+_MIX_1 = _signed(0xBF58476D1CE4E5B9)
+_MIX_2 = _signed(0x94D049BB133111EB)
+
+
+def draw_key(seed: int, sample: int) -> int:
+    """The int64 that `gumbel` takes as the key of all draws of one sample: a hash of both."""
+
+    def mix(x: int) -> int:
+        x %= 2**64
+        x = (x ^ x >> 30) * _MIX_1 % 2**64
+        x = (x ^ x >> 27) * _MIX_2 % 2**64
+        return x ^ x >> 31
+
+    return _signed(mix(mix(seed + _STEP) + sample * _STEP))
+
+
+def gumbel(keys: Tensor, steps: Tensor, V: int) -> Tensor:
+    """Standard Gumbel noise [B, V] in fp64 for rows of `keys` and `steps` [B] int64; always finite."""
+    x = torch.add(keys, steps, alpha=_STEP)[:, None]
+    x = torch.add(x, torch.arange(V, device=keys.device), alpha=_TOKEN)
+    # torch shifts int64 arithmetically, so x and its complement meet: that costs one of 64 bits. The finaliser's last
+    # shift is left out, since the high bits decide.
+    x = (x ^ (x >> 30)) * _MIX_1
+    x = (x ^ (x >> 27)) * _MIX_2
+    # From -2^63..2^63 to 2^-53..1 - 2^-53: neither logarithm meets a zero.
+    uniform = x.double().mul_(2.0**-64 * (1 - 2.0**-52)).add_(0.5)
+    return uniform.log_().neg_().log_().neg_()
+
+
+def choose(logits: Tensor, sampling: Sampling, keys: Tensor, steps: Tensor) -> Tensor:
+    """One token for each row of processed logits [B, V], int64 [B]; keys, steps [B] int64: which draw each row is."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    noise = [gumbel(sampling.seed, sample, step, logits.shape[-1]) for sample, step in draws]
-    scores = logits + torch.stack(noise).to(logits.device)
-    return scores.masked_fill(logits == -math.inf, -math.inf).argmax(-1)
+    return (logits + gumbel(keys, steps, logits.shape[-1])).argmax(-1)

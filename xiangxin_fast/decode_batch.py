@@ -1,0 +1,221 @@
+"""DecodeBatch: sequences that are decoded together, and the step that gives each of them its next tokens.
+
+A step is device work alone: draft, decode, process, draw, append. It reads which sequences take part and where each
+stands from static buffers and writes there what follows, so on a GPU it is captured once for every size of a batch and
+then replayed, while the host collects what came out a step later. On a CPU the same function runs as it is.
+
+A sequence lives in a slot: a row of the cache and of every buffer here. The rows of a step are slots in any order, so
+sequences come and go without anything being moved. A graph of n rows serves fewer: the last is repeated, and equal rows
+write equal bits. In the same way what is no draft, or one past its
+sequence's end, repeats the row before the drafts.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .kv_cache import KVCache
+from .model import Phi
+from .prompt_lookup import draft
+from .sampling import Sampling, choose, draw_key, process
+
+ROW_BUCKETS = (1, 2, 4, 8, 16, 32)
+MAX_ROWS = ROW_BUCKETS[-1]  # of one decode step; the decode kernels go no further
+
+# Tokens of a prompt that are prefilled at once. A constant, so that a prompt's bits do not depend on its company. 1024
+# keeps the tiles of a layer's second product, 2560 columns wide, numerous enough for a GPU's multiprocessors; on a CPU
+# 512 are as fast a token as more, and less of a chunk is lost where prompts part within one.
+PREFILL_CHUNK = {"cuda": 1024, "cpu": 512}
+CAPTURES = {"cuda"}  # devices on which a step becomes a graph
+
+
+class Emitted(NamedTuple):
+    """What one step gave one sequence."""
+
+    tokens: list[int]
+    logprobs: list[float]  # natural, under the model's own distribution
+    drafted: int  # tokens that prompt lookup proposed; all of `tokens` but the last are those it got right
+
+
+class Record:
+    """The results of one step on their way to the host: `read` waits for them, and nothing does before."""
+
+    def __init__(self, values: Tensor, rows: int):
+        """`values` [n, 2 + 2K] fp64, in which ids are exact: tokens there are, tokens drafted, K tokens, K logprobs."""
+        self._rows, self._arrived = rows, None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        else:
+            self._values = values.clone()
+
+    def read(self) -> list[Emitted]:
+        """One for each row of the step."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        emitted = []
+        for count, drafted, *values in self._values[: self._rows].tolist():
+            tokens, logprobs = values[: len(values) // 2], values[len(values) // 2 :]
+            emitted.append(Emitted([int(t) for t in tokens[: int(count)]], logprobs[: int(count)], int(drafted)))
+        return emitted
+
+
+def capture(step: Callable[[], Tensor], pool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """`step` as a CUDA graph with temporaries from `pool` (None: one of its own), and where it leaves its result."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = step()
+    return graph, result
+
+
+def _addresses(model: Phi) -> list[int]:
+    return [t.data_ptr() for t in (*model.parameters(), *model.buffers())]
+
+
+class DecodeBatch:
+    """Room for `slots` sequences of up to `positions` tokens each, allocated once. InputError where memory is short.
+
+    Only ids below `valid_ids` are ever drawn.
+    """
+
+    def __init__(self, model: Phi, slots: int, positions: int, valid_ids: int):
+        self.model, self.slots = model, slots
+        self._valid_ids, self._device = valid_ids, model.embed.device
+        self._addresses = _addresses(model)
+        weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+        self.cache = KVCache.allocate(
+            model.config, slots, positions, device=self._device, dtype=model.embed.dtype, weights=weights
+        )
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self._device)
+
+        self._history = zeros(slots, self.cache.positions)
+        self._seen = zeros(slots, model.config.vocab, dtype=torch.bool)
+        # Of each slot: the tokens it has, the tokens it may have, the tokens of its prompt, the key of its draws.
+        self._state = zeros(4, slots)
+        self._rows, self._sent_rows = zeros(MAX_ROWS), []
+        self._sampling, self._numbers, self._lookup = Sampling(), zeros(4, dtype=torch.float64), 0
+        self._captures = self._device.type in CAPTURES
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def fits(self, slots: int, positions: int) -> bool:
+        """Whether it has the room, and the weights are still where captured graphs look for them."""
+        enough = slots <= self.slots and positions <= self.cache.positions
+        return enough and self._addresses == _addresses(self.model) and self.cache.k.dtype == self.model.embed.dtype
+
+    def configure(self, sampling: Sampling, lookup: int) -> None:
+        """How tokens are drawn from now on, with `lookup` of them drafted in each step."""
+        if (sampling.kind, lookup) != (self._sampling.kind, self._lookup):
+            self._graphs.clear()
+        self._sampling, self._lookup = sampling, lookup
+        self._numbers.copy_(self._sent(sampling.numbers()))
+
+    def prefill(self, slot: int, prompt: Sequence[int], start: int) -> Tensor:
+        """Runs `prompt` from position `start` on, a multiple of the chunk, into `slot`; logits [1, V] of its end."""
+        chunk, cache = PREFILL_CHUNK[self._device.type], self.cache.rows(slot, slot + 1)
+        tokens = self._sent(torch.tensor([prompt]))
+        with torch.cuda.device_of(self._rows):
+            for at in range(start, len(prompt), chunk):
+                logits = self.model.prefill(tokens[:, at : at + chunk], cache, at)
+        return logits
+
+    @torch.no_grad()
+    def begin(self, slot: int, prompt: Sequence[int], limit: int, sample: int, logits: Tensor) -> Record:
+        """Begins a sequence in `slot`, where its prompt is already in the cache, with a token drawn from `logits`.
+
+        `limit` is the length, prompt included, at which it ends; `sample` and the seed are the key of its draws.
+        """
+        key = draw_key(self._sampling.seed, sample)
+        sent = self._sent(torch.tensor([slot, len(prompt), limit, len(prompt), key, *prompt]))
+        rows, prompt = sent[:1], sent[5:]
+        with torch.cuda.device_of(rows):
+            self._state[:, slot] = sent[1:5]
+            self._history[slot, : len(prompt)] = prompt
+            if self._sampling.penalizes:
+                self._seen[slot] = False
+                self._seen[slot].index_fill_(0, prompt, True)
+            tokens = prompt[-1:, None]
+            nothing = torch.zeros_like(tokens)
+            return Record(self._emit(rows, logits, tokens, nothing.bool(), nothing[0]), 1)
+
+    @torch.no_grad()
+    def step(self, slots: Sequence[int]) -> Record:
+        """The next tokens of the sequences in `slots`: one of each, and as many more as prompt lookup guessed right."""
+        n = len(slots)
+        size = next(bucket for bucket in ROW_BUCKETS if n <= bucket) if self._captures else n
+        rows = [*slots, *[slots[-1]] * (size - n)]
+        with torch.cuda.device_of(self._rows):
+            if rows != self._sent_rows:
+                self._rows[:size] = self._sent(torch.tensor(rows))
+                self._sent_rows = rows
+            if size in self._graphs:
+                graph, result = self._graphs[size]
+                graph.replay()
+                return Record(result, n)
+            # The first of a size runs as it is: it compiles what the capture must find ready.
+            record = Record(self._advance(self._rows[:size]), n)
+            if self._captures:
+                pool = next((graph.pool() for graph, _ in self._graphs.values()), None)
+                self._graphs[size] = capture(lambda: self._advance(self._rows[:size]), pool)
+            return record
+
+    def _advance(self, rows: Tensor) -> Tensor:
+        """One step of the slots `rows` [n]: device work of fixed shapes, without a look at any value."""
+        (lengths, limits), history = self._state[:2, rows, None], self._history[rows]
+        last = history.gather(1, lengths - 1)
+        tokens, drafted = last, torch.zeros_like(rows)
+        offsets = torch.arange(1 + self._lookup, device=self._device)
+        repeated = (offsets >= limits - lengths) & (offsets > 0)
+        if self._lookup:
+            drafts, found = draft(history, lengths[:, 0], self._lookup)
+            repeated |= (offsets > 0) & ~found[:, None]
+            tokens = torch.where(repeated, last, torch.cat([last, drafts], 1))
+            drafted = (~repeated[:, 1:]).sum(1)
+        positions = lengths - 1 + offsets * ~repeated
+        slots = rows[:, None].expand_as(tokens)
+        logits = self.model.decode(tokens.flatten(), self.cache, positions.flatten(), slots.flatten())
+        return self._emit(rows, logits, tokens, repeated, drafted)
+
+    def _emit(self, rows: Tensor, logits: Tensor, tokens: Tensor, repeated: Tensor, drafted: Tensor) -> Tensor:
+        """Draws what follows each of tokens [n, K], the last of a sequence and its drafts, from logits [n K, V], and
+        appends to the sequences `rows` [n] what is certain: what follows a draft counts if the draft was drawn itself.
+
+        Each draw has the key and the step that it would have without drafts. Returns what a Record takes.
+        """
+        lengths, limits, starts, keys = self._state[:, rows, None]
+        (n, K), last = tokens.shape, tokens[:, :1]
+        offsets = torch.arange(K, device=self._device)
+        logits = logits[:, : self._valid_ids].float()
+        seen = self._seen_before(rows, tokens) if self._sampling.penalizes else None
+        processed = process(logits, self._sampling, self._numbers, seen)
+        steps = (lengths - starts + offsets).flatten()
+        chosen = choose(processed, self._sampling, keys.expand(n, K).flatten(), steps).view(n, K)
+        logprobs = logits.log_softmax(-1).view(n, K, -1).gather(2, chosen[:, :, None])[:, :, 0]
+
+        right = (tokens[:, 1:] == chosen[:, :-1]) & ~repeated[:, 1:]
+        count = torch.minimum(1 + right.cumprod(1).sum(1, keepdim=True), limits - lengths)
+        # What is not certain writes the last token over itself.
+        certain = offsets < count
+        kept = torch.where(certain, chosen, last)
+        self._history[rows[:, None], torch.where(certain, lengths + offsets, lengths - 1)] = kept
+        if self._sampling.penalizes:
+            self._seen[rows[:, None], kept] = torch.ones_like(certain)
+        self._state[0, rows] = (lengths + count)[:, 0]
+        return torch.cat([count, drafted[:, None], chosen, logprobs.double()], 1)
+
+    def _seen_before(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """Which valid ids stand before each draw: [n K, V], of tokens [n, K] and all before them."""
+        K = tokens.shape[1]
+        seen = self._seen[rows][:, None].repeat(1, K, 1)
+        before = torch.ones(K, K, dtype=torch.bool, device=self._device).tril()
+        seen.scatter_(2, torch.where(before, tokens[:, None], tokens[:, :1, None]), True)
+        return seen[:, :, : self._valid_ids].flatten(0, 1)
+
+    def _sent(self, values: Tensor) -> Tensor:
+        """`values` on the device; the host does not wait for them to arrive."""
+        return (values.pin_memory() if self._device.type == "cuda" else values).to(self._device, non_blocking=True)
