@@ -11,7 +11,8 @@ import torch
 from bench.measure import DATASHEET
 from bench.roofline import GPUS as ROOFLINES
 from train import plan
-from train.plan import DAY, GIB, GPUS, Gpu, Kernels, Plan
+from train.gpus import GIB, GPUS, Gpu, gpu_called
+from train.plan import DAY, Kernels, Plan
 from xiangxin_fast.config import PhiConfig
 from xiangxin_fast.errors import InputError
 from xiangxin_fast.model import Phi
@@ -42,8 +43,8 @@ def test_gpus_have_the_figures_that_benches_count_against():
         assert DATASHEET[short] == (gpu.flops, gpu.bandwidth)
         assert ROOFLINES[short].arch == gpu.arch
         assert gpu.best_product < gpu.flops
-        assert plan.gpu_called(f"NVIDIA {short}-SXM4-80GB").nvlink == gpu.nvlink
-    assert plan.gpu_called("AMD Instinct MI300X") is None
+        assert gpu_called(f"NVIDIA {short}-SXM4-80GB").nvlink == gpu.nvlink
+    assert gpu_called("AMD Instinct MI300X") is None
 
 
 def test_kernels_at_the_roofline_leave_a_step_that_only_arithmetic_and_traffic_bound(tmp_path):

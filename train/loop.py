@@ -32,9 +32,10 @@ from xiangxin_fast.tokenizer import Tokenizer
 
 from . import parallel
 from .config import TrainConfig
+from .dashboard import Dashboard
 from .data import IGNORED, Batch, Samples
 from .guards import PATIENCE
-from .metrics import Display, JsonLines, RunInfo, RunLog, TensorBoard, environment, read_metrics, terminal
+from .metrics import JsonLines, RunInfo, RunLog, TensorBoard, environment, read_metrics, terminal
 from .mixture import HeldOut, Mixture
 from .optim import Optimizer, learning_rate
 from .parallel import ALONE, Ranks
@@ -193,7 +194,7 @@ class _Run:
         )
         validated = (r["step"] for r in read_metrics(config.out) if "val_loss" in r and r["step"] <= step)
         self.validated = set(self.ranks.control.first(lambda: list(validated)))
-        self.log = RunLog(info, (JsonLines, TensorBoard, Display) if self.ranks.rank == 0 else ())
+        self.log = RunLog(info, (JsonLines, TensorBoard, Dashboard) if self.ranks.rank == 0 else ())
 
     def _launch(self) -> None:
         """Makes the next step, as far as the host is concerned."""

@@ -26,17 +26,16 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from xiangxin_fast.config import PhiConfig
 
@@ -44,9 +43,6 @@ from .config import TrainConfig
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
-PLAIN_SECONDS = 10.0  # between lines where there is no terminal to draw a bar on
-SHOWN = ("save_failed", "rejected", "skip", "spike", "rewind", "replicas")  # events worth a line on the terminal
-SMOOTHING = 0.9  # of the loss shown; what is written is as measured
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -190,56 +186,9 @@ class RunLog:
             action()
             return True
         except Exception as error:
-            self._console.print(f"metrics: not written from here on: {error}", markup=False)
+            with suppress(Exception):  # the terminal itself may be what is gone
+                self._console.print(f"metrics: not written from here on: {error}", markup=False)
             return False
-
-
-class Display:
-    """Shows how far training is: a bar on a terminal, a line every few seconds elsewhere."""
-
-    def __init__(self, info: RunInfo):
-        self.console = info.console
-        self._plain_at, self._loss, self._rate, self._val = 0.0, None, None, None
-        columns = (BarColumn(bar_width=10), TaskProgressColumn(), TextColumn("{task.fields[text]}"))
-        self._bar = Progress(*columns, console=self.console) if self.console.is_terminal else None
-        if self._bar:
-            self._bar.start()
-            self._task = self._bar.add_task("Training", total=1.0, text="")
-
-    def event(self, event: dict) -> None:
-        if event["event"] in SHOWN:
-            self.console.print(_sentence(event), markup=False, highlight=False)
-
-    def close(self) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def write(self, record: dict) -> None:
-        progress = record["progress"]
-        self._val = record.get("val_loss", self._val)
-        if "loss" in record:
-            self._loss = _smoothed(self._loss, record["loss"])
-            self._rate = _smoothed(self._rate, record["tokens_per_second"])
-        parts = [f"step {record['step']:,}"]
-        parts += [f"loss {self._loss:.3f}"] if self._loss is not None else []
-        parts += [f"val {self._val:.3f}"] if self._val is not None else []
-        parts += [f"{self._rate:,.0f} tokens/s"] if self._rate is not None else []
-        parts += [f"ETA {timedelta(seconds=round(record['eta_seconds']))}"] if "eta_seconds" in record else []
-        text = " | ".join(parts)
-        if self._bar:
-            self._bar.update(self._task, completed=progress, text=text)
-        elif "val_loss" in record or time.monotonic() - self._plain_at >= PLAIN_SECONDS:
-            self._plain_at = time.monotonic()
-            self.console.print(f"{progress:4.0%}  {text}", markup=False, highlight=False)
-
-
-def _sentence(event: dict) -> str:
-    details = ", ".join(f"{name} {value}" for name, value in event.items() if name not in ("event", "step", "time"))
-    return f"step {event['step']:,}: {event['event']}" + (f": {details}" if details else "")
-
-
-def _smoothed(old: float | None, new: float) -> float:
-    return new if old is None else SMOOTHING * old + (1 - SMOOTHING) * new
 
 
 def terminal(rank: int = 0) -> Console:

@@ -30,39 +30,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from train.gpus import GIB, GPUS, Gpu, gpu_called
 from xiangxin_fast.config import PRESETS, PhiConfig
 from xiangxin_fast.errors import InputError, exits_cleanly, one_line_complaints
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
 GPUS_PER_NODE = 8
 LINK_SHARE = 0.8  # of one direction of NVLink: nccl-tests reach about 235 of an A100's 300 GB/s
-GIB = 2**30
 DAY = 86_400
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Datasheet figures of one board, and the best dense bf16 product published for it."""
-
-    arch: int
-    memory: int  # bytes
-    flops: float  # dense bf16, FLOP/s
-    bandwidth: float  # bytes/s
-    nvlink: float  # bytes/s, both directions together
-    best_product: float  # FLOP/s; github.com/stas00/ml-engineering, "maximum achievable matmul FLOPS", 2025
-
-
-GPUS = {
-    "A800-80G": Gpu(80, 80 * GIB, 312e12, 2.04e12, 400e9, 271.2e12),
-    "A100-80G": Gpu(80, 80 * GIB, 312e12, 2.04e12, 600e9, 271.2e12),
-    "H100": Gpu(90, 80 * GIB, 989e12, 3.35e12, 900e9, 794.5e12),
-    "H200": Gpu(90, 141 * 10**9, 989e12, 4.8e12, 900e9, 794.5e12),
-}
-
-
-def gpu_called(device: str) -> Gpu | None:
-    """The GPU of the table whose name the driver's `device` name contains ("NVIDIA A800-SXM4-80GB"), else None."""
-    return next((gpu for name, gpu in GPUS.items() if name.partition("-")[0] in device), None)
 
 
 @dataclass(frozen=True)
