@@ -3,7 +3,7 @@
 One row against a weight goes at the memory's speed or not, by the layout of the weight and the loop that torch has for
 it. Measured on two AVX2 cores, [1, 2560] x [2560, 17920], 1e9 weights a second (reading alone: 28 GB/s):
 
-    bf16    F.linear 8.6    torch.embedding_bag over column blocks 11.2 to 11.8
+    bf16    F.linear 8.6    F.embedding_bag over column blocks 11.2 to 11.8
     int8    torch._weight_int8pack_mm 12.3    the bag 20.4, 1.1 bytes a weight
     int4    torch._weight_int4pack_mm_for_cpu 12.7    the bag 6.6
     fp32    F.linear 5.2    torch.bmm over chunks of rows 7.1: MKL shares several products well, one badly
@@ -116,13 +116,14 @@ def unpacked(weight: Tensor) -> Tensor:
     return weight if weight.dim() == 2 else weight.transpose(1, 2).flatten(0, 1)
 
 
-def _kept(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+def kept(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     """A tensor of this thread's own, in memory that is kept: fresh pages cost more than filling them."""
-    size = math.prod(shape)
-    if getattr(_scratch, name, torch.empty(0)).numel() < size:
+    size, values = math.prod(shape), getattr(_scratch, name, None)
+    if values is None or values.numel() < size:
         with torch.inference_mode(False):  # a tensor born in inference mode could not be written outside of it
-            setattr(_scratch, name, torch.empty(size, dtype=dtype))
-    return getattr(_scratch, name)[:size].view(shape)
+            values = torch.empty(size, dtype=dtype)
+        setattr(_scratch, name, values)
+    return values[:size].view(shape)
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor) -> Tensor:
@@ -159,9 +160,9 @@ def _widened(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor) -> Tensor:
     for start in range(0, blocks, step := max(1, WIDEN_ELEMENTS // (K * width))):
         part = table[start : start + step]
         if width == 1:
-            wide = _kept("wide", (len(part), K)).copy_(part[..., 0]).T
+            wide = kept("wide", (len(part), K)).copy_(part[..., 0]).T
         else:
-            wide = _kept("wide", (K, len(part) * width))
+            wide = kept("wide", (K, len(part) * width))
             wide.view(K, len(part), width).copy_(part.transpose(0, 1))
         if isinstance(weight, PackedWeight):
             wide.sub_(INT8_ZERO)
@@ -179,6 +180,11 @@ def _bags(bags: int, size: int) -> tuple[Tensor, Tensor]:
         return torch.arange(bags * size, dtype=torch.int32), torch.arange(0, bags * size, size, dtype=torch.int32)
 
 
+def weighted_sums(table: Tensor, indices: Tensor, offsets: Tensor, factors: Tensor) -> Tensor:
+    """The bags [bags, width] of `table` [rows, width]: F.embedding_bag without its checks in Python."""
+    return torch.embedding_bag(table, indices, offsets, False, 0, False, factors)[0]
+
+
 def _product(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor) -> Tensor:
     """F.linear of one row x [K]."""
     if isinstance(weight, Tensor) and weight.dim() == 2:
@@ -192,11 +198,11 @@ def _product(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor) -> Tensor:
     indices, offsets = _bags(blocks, K)
     table = table.view(blocks * K, width)
     if isinstance(weight, Tensor):
-        factors = _kept("factors", (blocks, K), torch.bfloat16).copy_(x).view(-1)
-        return F.embedding_bag(indices, table, offsets, mode="sum", per_sample_weights=factors).flatten().add_(bias)
-    factors = _kept("wide", (blocks, K)).copy_(x).view(-1)
+        factors = kept("factors", (blocks, K), torch.bfloat16).copy_(x).view(-1)
+        return weighted_sums(table, indices, offsets, factors).view(-1).add_(bias)
+    factors = kept("wide", (blocks, K)).copy_(x).view(-1)
     out = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(table, indices, offsets, per_sample_weights=factors)
-    return out.flatten()[: weight.rows].mul_(weight.scale).add_(bias).to(x.dtype)
+    return out.view(-1)[: weight.rows].mul_(weight.scale).add_(bias).to(x.dtype)
 
 
 def linear_rows(x: Tensor, weight: Weight, bias: Tensor) -> Tensor:
@@ -211,4 +217,6 @@ def linear_rows(x: Tensor, weight: Weight, bias: Tensor) -> Tensor:
         group = weight.shape[1] // len(weight.scale)
         out = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), weight.codes, group, weight.scale)
         return out[:, : weight.rows] + bias
+    if len(x) == 1:
+        return _product(x[0], weight, bias)[None]
     return torch.stack([_product(row, weight, bias) for row in x])

@@ -1,13 +1,14 @@
 """decode.py's ops on a CPU: torch composites whose rows have the same bits whatever else is in the batch."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._cpu import linear_rows
+from ._cpu import kept, linear_rows, weighted_sums
 from ._host import check
 from .layer_norm import layer_norm
-from .parallel_block import split_projection
 
 
 def _check_rows(op: str, what: str, values: Tensor, rows: int, low: int, high: int) -> list[int]:
@@ -25,11 +26,26 @@ def _cache_rows(op: str, slots: Tensor | None, rows: int, cache: Tensor) -> list
     return list(range(rows)) if slots is None else _check_rows(op, "slots", slots, rows, 0, len(cache) - 1)
 
 
+@functools.lru_cache(8)
+def _values_of_heads(S: int, H: int) -> tuple[Tensor, Tensor]:
+    """Rows of v [S*H, D] by head, as bags: int32 [H*S], and where each head's begin."""
+    with torch.inference_mode(False):
+        heads = torch.arange(H, dtype=torch.int32)
+        return (heads[:, None] + H * torch.arange(S, dtype=torch.int32)).flatten(), S * heads
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """q [H, D] over k, v [S, H, D], in fp32: without bf16 arithmetic torch's bf16 attention is 3 times slower."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    q, k, v = q[None, :, None].to(dtype), *(t.to(dtype).transpose(0, 1)[None] for t in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)[0, :, 0]
+    """q [H, D] over k, v [S, H, D]: [H, D].
+
+    Scores in fp32 of widened keys; the weighted values as bags, read as they lie. Without bf16 arithmetic, 1024
+    positions of 32 heads take 2.2 ms on two AVX2 cores, torch's attention 3.8 with widened copies and 5.5 in bf16.
+    """
+    (S, H, D), dtype = k.shape, torch.promote_types(q.dtype, torch.float32)
+    if k.dtype == torch.bfloat16:
+        k = kept("wide", k.shape).copy_(k)
+    scores = torch.bmm(q.to(dtype)[:, None], k.permute(1, 2, 0)).mul_(scale or D**-0.5)
+    weights = scores.softmax(-1).to(v.dtype).flatten()
+    return weighted_sums(v.reshape(S * H, D), *_values_of_heads(S, H), weights)
 
 
 def decode_attention_cpu(
@@ -43,24 +59,36 @@ def decode_attention_cpu(
     return out
 
 
+def _rotate(t: Tensor, turn: Tensor) -> None:
+    """Rotates the leading neighbouring pairs of t [H, D], in place, by the complex numbers `turn` [R/2]."""
+    rotary = t[:, : 2 * len(turn)]
+    pairs = torch.view_as_complex(rotary.to(turn.real.dtype, copy=True).contiguous().unflatten(1, (-1, 2)))
+    rotary.copy_(torch.view_as_real(pairs.mul_(turn)).flatten(1))
+
+
 def decode_block_cpu(
     x, ln_w, ln_b, w_in, b_in, w_out, b_out, cos, sin, k_cache, v_cache, positions, slots, heads, eps
 ) -> Tensor:
-    """decode.py's decode_block; shapes and effects as there. ValueError on positions or slots out of range."""
+    """decode.py's decode_block; shapes and effects as there. ValueError on positions or slots out of range.
+
+    Row by row: torch's loops treat what is left over of a vector differently, and so its bits.
+    """
     B, C = x.shape
     at = _check_rows("decode_block", "positions", positions, B, 0, k_cache.shape[1] - 1)
-    cache_rows = _cache_rows("decode_block", slots, B, k_cache)
+    places = list(zip(_cache_rows("decode_block", slots, B, k_cache), at, strict=True))
     p = linear_rows(layer_norm(x, ln_w, ln_b, eps), w_in, b_in)
-    q, k, v, h = (t[0] for t in split_projection(p[None], C, heads, cos[positions], sin[positions]))
-    z = torch.empty(B, w_out.shape[1], dtype=x.dtype, device=x.device)
-    for row, place in enumerate(zip(cache_rows, at, strict=True)):
-        k_cache[place], v_cache[place] = k[row], v[row]
-        # Row by row: torch's loops treat what is left over of a vector differently, and so its bits.
-        z[row, C:] = F.gelu(h[row], approximate="tanh")
-    z[:, :C] = decode_attention_cpu(q, k_cache, v_cache, positions + 1, None, slots).flatten(1)
-    return x + linear_rows(z, w_out, b_out[0] + b_out[1])
+    z = torch.empty(B, C + p.shape[1] - 3 * C, dtype=x.dtype, device=x.device)
+    for row, place in enumerate(places):
+        q_and_k = p[row, : 2 * C].view(2 * heads, -1)
+        _rotate(q_and_k, torch.complex(cos[place[1]], sin[place[1]]))
+        k_cache[place], v_cache[place] = q_and_k[heads:], p[row, 2 * C : 3 * C].view(heads, -1)
+        z[row, C:] = F.gelu(p[row, 3 * C :], approximate="tanh")
+    for row, (slot, position) in enumerate(places):
+        q, seen = p[row, :C].view(heads, -1), slice(position + 1)
+        z[row, :C] = _attend(q, k_cache[slot, seen], v_cache[slot, seen], None).flatten()
+    return linear_rows(z, w_out, b_out[0] + b_out[1]).add_(x)
 
 
 def decode_head_cpu(x: Tensor, ln_w: Tensor, ln_b: Tensor, head_w: Tensor, head_b: Tensor, eps: float) -> Tensor:
     """decode.py's decode_head; shapes as there."""
-    return linear_rows(layer_norm(x, ln_w, ln_b, eps), head_w, head_b)
+    return linear_rows(layer_norm(x, ln_w, ln_b, eps), head_w, head_b).to(torch.promote_types(x.dtype, torch.float32))
