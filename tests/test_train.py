@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training import ONE_THREAD, ROOT, SHAPE, command_of, config_of, losses_of, make_place
+from tests.training import ONE_THREAD, ROOT, SHAPE, command_of, config_of, losses_of, make_place, random_batch
 from train import checkpoint, loop
 from train.config import TrainConfig, parse
 from train.data import IGNORED, TokenDataset
 from train.loop import accumulate_gradients, build_model, train
 from train.metrics import read_metrics
 from train.optim import learning_rate, parameter_groups
-from train.report import loss_curves
+from train.report import draw_curves
 from xiangxin_fast import load_pretrained
 from xiangxin_fast.errors import InputError
 from xiangxin_fast.model import Phi
@@ -42,16 +42,6 @@ def straight(place, tmp_path_factory) -> TrainConfig:
     config = config_of(place, tmp_path_factory.mktemp("straight") / "run")
     assert train(config).finished
     return config
-
-
-def random_batch(rows: int, context: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, targets of which row r has only (r + 1)/rows valid, and two documents per row."""
-    generator = np.random.default_rng(seed)
-    tokens, targets = generator.integers(0, SHAPE.vocab, (2, rows, context))
-    for row in range(rows):
-        targets[row, context * (row + 1) // rows :] = IGNORED
-    segment_ids = (np.arange(context) >= generator.integers(1, context, (rows, 1))).astype(np.int32)
-    return tokens, targets, segment_ids
 
 
 def test_wsd_stays_at_the_peak_and_falls_in_the_last_part(place, tmp_path):
@@ -93,7 +83,7 @@ def test_only_matrices_decay(tied):
 
 def test_gradients_do_not_depend_on_micro_batches(place, tmp_path):
     """The mean of the micro-batches' means, a well-known fault, would weigh rows with few valid targets too much."""
-    batch = random_batch(rows=4, context=16)
+    batch = random_batch(SHAPE.vocab, rows=4, context=16)
     whole = Phi(SHAPE).init_weights(0)
     tokens, targets, segment_ids = map(torch.from_numpy, batch)
     expected = whole.loss(tokens, targets, segment_ids)
@@ -107,7 +97,7 @@ def test_gradients_do_not_depend_on_micro_batches(place, tmp_path):
 
 
 def test_a_batch_without_valid_targets_gives_no_gradient(place, tmp_path):
-    tokens, targets, segment_ids = random_batch(rows=2, context=8)
+    tokens, targets, segment_ids = random_batch(SHAPE.vocab, rows=2, context=8)
     model = Phi(SHAPE).init_weights(0)
     assert (
         accumulate_gradients(model, (tokens, np.full_like(targets, IGNORED), segment_ids), config_of(place, tmp_path))
@@ -117,7 +107,7 @@ def test_a_batch_without_valid_targets_gives_no_gradient(place, tmp_path):
 
 
 def test_documents_are_masked_from_each_other_unless_switched_off(place, tmp_path):
-    batch, model = random_batch(rows=2, context=16), Phi(SHAPE).init_weights(0)
+    batch, model = random_batch(SHAPE.vocab, rows=2, context=16), Phi(SHAPE).init_weights(0)
     tokens, targets, segment_ids = map(torch.from_numpy, batch)
     masked, plain = config_of(place, tmp_path), config_of(place, tmp_path, segment_ids=False)
     assert accumulate_gradients(model, batch, masked).item() == pytest.approx(
@@ -279,7 +269,7 @@ def test_help_teaches_without_importing_torch(tmp_path):
 
 
 def test_report_draws_the_curves_of_several_runs(straight, tmp_path):
-    loss_curves([straight.out, straight.out], tmp_path / "curves.png")
+    draw_curves([straight.out, straight.out], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     with pytest.raises(InputError, match="expected the metrics of a run"):
-        loss_curves([tmp_path], tmp_path / "none.png")
+        draw_curves([tmp_path], tmp_path / "none.png")

@@ -6,9 +6,11 @@ import random
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 from safetensors.torch import load_file
 
 from train.config import TrainConfig
+from train.data import IGNORED
 from train.metrics import read_metrics
 from train.prepare import shards
 from xiangxin_fast import save_pretrained
@@ -45,6 +47,16 @@ def config_of(place: Path, out: Path, **changes) -> TrainConfig:
         "validation_samples": 4, "save_every": 5, "init_from": place / "hf",
     }  # fmt: skip
     return TrainConfig("demo", place / "shards", out, **settings | changes)
+
+
+def random_batch(vocab: int, rows: int, context: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, targets of which row r has only (r + 1)/rows valid, and two documents per row."""
+    generator = np.random.default_rng(seed)
+    tokens, targets = generator.integers(0, vocab, (2, rows, context))
+    for row in range(rows):
+        targets[row, context * (row + 1) // rows :] = IGNORED
+    segment_ids = (np.arange(context) >= generator.integers(1, context, (rows, 1))).astype(np.int32)
+    return tokens, targets, segment_ids
 
 
 def command_of(config: TrainConfig) -> list[str]:

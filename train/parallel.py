@@ -127,9 +127,9 @@ def join(timeout: float = 600.0, replicas: int | None = None) -> Ranks:
     wait = timedelta(seconds=timeout)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
-    shape = (replicas, size // replicas) if replicas > 1 else (size,)
-    mesh = init_device_mesh(device.type, shape)
-    host_mesh = init_device_mesh("cpu", shape) if cuda else mesh
+    shape, names = ((replicas, size // replicas), ("replicas", "shards")) if replicas > 1 else ((size,), ("shards",))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    host_mesh = init_device_mesh("cpu", shape, mesh_dim_names=names) if cuda else mesh
     teams = [Team(rank, size, dist.new_group(backend="gloo", timeout=wait)) for _ in range(2)]
     return Ranks(rank, size, device, mesh, host_mesh, *teams, store)
 

@@ -1,0 +1,178 @@
+"""Training on several ranks: same samples, same loss and same gradients as on one, whatever they are spread over."""
+
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests import rank_jobs, ranks
+from tests.training import SHAPE, config_of, losses_of, make_place, random_batch
+from train import loop, parallel
+from train.config import TrainConfig
+from train.loop import train
+from train.metrics import read_metrics
+from xiangxin_fast import load_pretrained
+from xiangxin_fast.errors import InputError
+from xiangxin_fast.model import Phi
+
+ODD = dataclasses.replace(SHAPE, vocab=333)  # no number of ranks divides it
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return make_place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture(scope="module")
+def straight(place, tmp_path_factory) -> TrainConfig:
+    """A finished run of 20 steps of one process."""
+    config = config_of(place, tmp_path_factory.mktemp("straight") / "run", micro_batch=1)
+    assert train(config).finished
+    return config
+
+
+@pytest.fixture(scope="module")
+def one_big_batch() -> tuple[float, dict[str, np.ndarray]]:
+    """Loss and gradients of 16 sequences with uneven valid targets, in one forward and backward."""
+    model = Phi(ODD).init_weights(0)
+    loss = model.loss(*map(torch.from_numpy, random_batch(ODD.vocab, rows=16, context=16)))
+    loss.backward()
+    return loss.item(), {name: p.grad.numpy() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("size", "replicas"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2)])
+def test_loss_and_gradients_are_those_of_one_big_batch(place, tmp_path, one_big_batch, size, replicas):
+    """Incidents: transformers#34191, torchtitan#1842, pytorch#162338 (gradients averaged, summed or scaled by ranks).
+
+    Accumulation 1, 2 and 4 on 1, 2 and 4 ranks, sharded and replicated; a vocabulary that no number of ranks divides.
+    """
+    config = config_of(place, tmp_path / "run", batch=16, context=16)
+    micro_batches = [16 // size // accumulation for accumulation in (1, 2, 4)]
+    loss, expected = one_big_batch
+    norm = math.sqrt(sum(np.square(gradient, dtype=np.float64).sum() for gradient in expected.values()))
+    for found in ranks.run(size, rank_jobs.gradients, config, ODD, micro_batches, replicas):
+        for micro_batch, one in zip(micro_batches, found, strict=True):
+            assert one["loss"] == pytest.approx(loss, rel=1e-6)
+            assert one["norm"] == pytest.approx(norm, rel=1e-6)
+            for name, gradient in one["gradients"].items():
+                error = np.linalg.norm(gradient - expected[name]) / np.linalg.norm(expected[name])
+                assert error <= 1e-6, (size, replicas, micro_batch, name)
+
+
+def test_gradients_cross_the_ranks_once_a_step(place, tmp_path):
+    """Four micro-batches, one sum for each block and one for the rest."""
+    config = config_of(place, tmp_path / "run", micro_batch=1)
+    assert ranks.run(2, rank_jobs.gradient_sums, config) == [SHAPE.layers + 1] * 2
+
+
+def test_bf16_is_for_computing_alone(place, tmp_path):
+    """Masters and gradients are fp32. Incident: rotary tables cast to bf16 (transformers#29285), positions collide."""
+    found = ranks.run(2, rank_jobs.in_bf16, config_of(place, tmp_path / "run"))[0]
+    assert found == {
+        "x": {"torch.bfloat16"}, "weight": {"torch.bfloat16"}, "cos": {"torch.float32"},
+        "master": {"torch.float32"}, "gradient": {"torch.float32"},
+    }  # fmt: skip
+
+
+def taken(log: Path, steps: range, batch: int) -> list[list[int]]:
+    """The sorted numbers of the samples that all ranks took in each step, from the notes of `trained_by_ids`."""
+    notes = [json.loads(line) for line in log.read_text().splitlines()]
+    by_step: dict[int, list[int]] = {}
+    for first, count in notes:
+        by_step.setdefault(first // batch, []).extend(range(first, first + count))
+    return [sorted(by_step[step]) for step in steps]
+
+
+def test_world_size_one_two_four_one(place, straight, tmp_path):
+    """Resumed on other numbers of ranks: identical samples, losses within 1e-6. Incident: torchtitan#811, #1136."""
+    config = dataclasses.replace(straight, out=tmp_path / "run", validate_every=20)
+    log = tmp_path / "ids"
+    for size, steps in [(1, 5), (2, 10), (4, 15), (1, 20)]:
+        assert ranks.run(size, rank_jobs.trained_until, config, steps, log) == [steps] * size
+    assert taken(log, range(20), 4) == [list(range(4 * step, 4 * step + 4)) for step in range(20)]
+    expected, found = ([float.fromhex(loss) for _, loss, _ in losses_of(c)] for c in (straight, config))
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_evaluation_is_that_of_one_rank_and_of_the_newest_weights(place, tmp_path, size):
+    """Incidents: litgpt#2319 (a rank without validation samples waits for ever); parameters gathered before an update
+    that outlive it."""
+    config = config_of(place, tmp_path / "run", validation_samples=5, micro_batch=1)
+    expected = rank_jobs.evaluated(config)
+    for found in ranks.run(size, rank_jobs.evaluated, config):
+        assert found == pytest.approx(expected, rel=1e-6)
+    assert expected[0] - expected[1] > 0.01
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_loss_at_the_start_is_ln_v_however_it_is_launched(place, tmp_path, size):
+    """Incident: transformers#45994 saw 47.88 where 11.97 was right."""
+    config = config_of(place, tmp_path / "run", micro_batch=1, steps=1, segment_ids=False)
+    ranks.run(size, rank_jobs.trained, config)
+    (first,) = (record["loss"] for record in read_metrics(config.out) if "loss" in record)
+    assert abs(first - math.log(SHAPE.vocab)) < 0.1
+
+
+def test_two_ranks_export_the_parameters_of_their_checkpoint(straight, tmp_path):
+    """One process that goes on from their last checkpoint, at the end, exports the same bytes."""
+    config = dataclasses.replace(straight, out=tmp_path / "run")
+    ranks.run(2, rank_jobs.trained, config)
+    exported = (config.out / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(config.out / "model")
+    assert train(config).finished
+    assert (config.out / "model" / "model.safetensors").read_bytes() == exported
+
+
+def test_every_parameter_takes_part_in_an_update(straight, place):
+    """Incident: DeepSpeed#7640, an optimizer that silently changed nothing."""
+    before = load_pretrained(place / "hf", "cpu", torch.float32)
+    after = load_pretrained(straight.out / "model", "cpu", torch.float32)
+    for (name, old), (_, new) in zip(before.named_parameters(), after.named_parameters(), strict=True):
+        assert (old != new).any(), name
+
+
+def test_nothing_that_an_optimizer_indexes_passes_two_to_the_31():
+    """Incidents: DeepSpeed#7640, ms-swift#10023 (flat buffers of all parameters). Ours are one tensor each."""
+    model = Phi(loop.PhiConfig.from_preset("xiangxin-3b"), "meta")
+    assert max(parameter.numel() for parameter in model.parameters()) < 2**31
+    groups = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+    rest = sum(p.numel() for p in model.parameters()) - sum(groups)
+    assert max(*groups, rest) < 2**31
+
+
+def test_batch_that_does_not_divide_is_refused(place, tmp_path):
+    config = config_of(place, tmp_path / "run", micro_batch=4)
+    for end in ranks.start(2, rank_jobs.trained, config).wait():
+        assert "expected --batch divisible by --micro-batch 4 x 2 ranks, got 4" in end.error
+
+
+def test_replicas_that_do_not_divide_are_refused(place, tmp_path):
+    (one, two) = ranks.start(2, rank_jobs.trained, config_of(place, tmp_path / "run", replicas=3)).wait()
+    assert "expected --replicas to divide 2 ranks, got 3" in one.error
+    assert "expected --replicas to divide 2 ranks, got 3" in two.error
+
+
+def test_host_copies_are_nobody_elses(place):
+    """Incident: pytorch#144657, copies of tensors on the CPU that were the tensors themselves."""
+    tensors = {"w": torch.arange(6.0)}
+    copies = parallel.host_copies(tensors, parallel.ALONE)
+    tensors["w"].zero_()
+    assert copies["w"].tolist() == [0, 1, 2, 3, 4, 5]
+    again = parallel.host_copies(tensors, parallel.ALONE, into=copies)
+    assert again["w"].data_ptr() == copies["w"].data_ptr()
+    assert not again["w"].any()
+
+
+def test_what_fails_on_one_rank_is_told_to_all(place):
+    def fails():
+        raise InputError("this one")
+
+    with pytest.raises(InputError, match="this one"):
+        parallel.Team().together(fails)
+    assert parallel.Team().first(lambda: {"a": [1]}) == {"a": [1]}
