@@ -22,7 +22,6 @@ from train.data import IGNORED, TokenDataset
 from train.loop import accumulate_gradients, build_model, train
 from train.metrics import read_metrics
 from train.optim import learning_rate, parameter_groups
-from train.report import draw_curves
 from xiangxin_fast import load_pretrained
 from xiangxin_fast.errors import InputError
 from xiangxin_fast.model import Phi
@@ -266,10 +265,3 @@ def test_help_teaches_without_importing_torch(tmp_path):
     assert done.stdout.endswith("0 False\n"), done.stderr
     assert "--init-from" in done.stdout
     assert "Peak learning rate. (default: 0.0015)" in " ".join(done.stdout.split())
-
-
-def test_report_draws_the_curves_of_several_runs(straight, tmp_path):
-    draw_curves([straight.out, straight.out], tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    with pytest.raises(InputError, match="expected the metrics of a run"):
-        draw_curves([tmp_path], tmp_path / "none.png")

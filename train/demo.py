@@ -26,7 +26,7 @@ from train.config import PRESETS, TrainConfig
 from train.data import IGNORED, TokenDataset
 from train.loop import evaluate, train
 from train.prepare import shards
-from train.report import loss_curves
+from train.report import Run, draw_curves
 from xiangxin_fast.checkpoint import load_pretrained
 from xiangxin_fast.errors import InputError, exits_cleanly
 from xiangxin_fast.generator import Generator
@@ -124,7 +124,7 @@ def run_demo(directory: Path, config: TrainConfig) -> bool:
     outcome = train(config)
     if not outcome.finished:
         return False
-    loss_curves([config.out], config.out / "loss.png")
+    draw_curves([Run.read(config.out)], config.out / "loss.png")
     model, tokenizer = load_pretrained(outcome.model, "cpu", torch.float32), Tokenizer.load(outcome.model)
     training, held_out = (TokenDataset(data, split, config.context, config.seed) for split in ("train", "validation"))
     unigram = unigram_loss(training, held_out)

@@ -46,9 +46,13 @@ EVENTS = "events.jsonl"
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """The records of a run's metrics.jsonl, in order. A line torn by a crash is left out."""
+    """The records of a run's metrics.jsonl, in order."""
+    return read_lines(run / METRICS)
+
+
+def read_lines(file: Path) -> list[dict]:
+    """The JSON objects of a file, one a line, none where it does not exist. A line torn by a crash is left out."""
     records = []
-    file = run / METRICS
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         try:
             records.append(json.loads(line))
