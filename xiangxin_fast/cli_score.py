@@ -1,0 +1,113 @@
+"""How likely a model finds given texts: `--score`."""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .cli_complete import token_bar, write_json_line, write_line
+from .cli_prompts import Record, Refused
+from .errors import InputError
+from .score import window_logprobs
+
+if TYPE_CHECKING:
+    from .cli_arguments import Arguments
+    from .cli_engine import Engine
+
+
+@dataclass(frozen=True)
+class Score:
+    """What scored tokens and the characters that end in them add up to."""
+
+    tokens: int
+    characters: int
+    logprob: float  # natural
+
+    def __add__(self, other: "Score") -> "Score":
+        return Score(
+            self.tokens + other.tokens, self.characters + other.characters, math.fsum((self.logprob, other.logprob))
+        )
+
+    @property
+    def perplexity(self) -> float:
+        """Per token; infinite where no float holds it."""
+        loss = -self.logprob / self.tokens
+        return math.exp(loss) if loss < 700 else math.inf
+
+    @property
+    def bits_per_character(self) -> float:
+        """Infinite without a character, as for the first bytes of one."""
+        return -self.logprob / math.log(2) / self.characters if self.characters else math.inf
+
+    def as_json(self) -> dict[str, object]:
+        """For JSON, which has no infinity: null."""
+        derived = {"perplexity": self.perplexity, "bits_per_character": self.bits_per_character}
+        finite = {name: value if math.isfinite(value) else None for name, value in derived.items()}
+        return {"scored_tokens": self.tokens, "scored_characters": self.characters, "logprob": self.logprob} | finite
+
+    def __str__(self) -> str:
+        size = f"{self.tokens} tokens, {self.characters} characters"
+        figures = f"perplexity {self.perplexity:.4f}, {self.bits_per_character:.4f} bits/character"
+        return f"log-probability {self.logprob:.4f}, {figures} ({size})"
+
+
+def score_records(engine: "Engine", records: Sequence[Record], arguments: "Arguments", refused: Refused) -> None:
+    """Prints the score of each record as it is known, then that of all together."""
+    inputs = []
+    for record in records:
+        try:
+            inputs.append((record, *_tokens(engine, record)))
+        except InputError as error:
+            if arguments.input is None:
+                raise
+            refused.add(error)
+    total = Score(0, 0, 0.0)
+    with token_bar("Scoring", sum(len(tokens) - 1 for _, tokens, _ in inputs), not sys.stdout.isatty()) as advance:
+        for record, tokens, first in inputs:
+            parts = []
+            windows = window_logprobs(engine.model, tokens, arguments.stride, valid_ids=len(engine.tokenizer))
+            for part in windows:
+                parts.append(part.double().cpu())
+                advance(len(part))
+            logprobs = torch.cat(parts)[first - 1 :].tolist()
+            score = Score(len(logprobs), _characters(engine, tokens, first), math.fsum(logprobs))
+            if not math.isfinite(score.logprob):
+                raise InputError(f"{record.where}: the model gave {score.logprob} for it: its weights are damaged")
+            total += score
+            if arguments.json:
+                write_json_line(sys.stdout, _described(record, tokens[first:], logprobs) | score.as_json())
+            else:
+                write_line(sys.stdout, f"{record.where}: {score}")
+    if arguments.json:
+        write_json_line(sys.stdout, {"total": len(inputs)} | (total.as_json() if inputs else {}))
+    elif len(inputs) > 1:
+        write_line(sys.stdout, f"all {len(inputs)}: {total}")
+
+
+def _tokens(engine: "Engine", record: Record) -> tuple[list[int], int]:
+    """All tokens of a record, and the index of the first that is scored."""
+    before = engine.tokenizer.encode(record.prompt or "")
+    tokens, first = [*before, *record.encode(engine.tokenizer)], max(len(before), 1)
+    if len(tokens) <= first:
+        least = "one token after its prompt" if before else "two tokens (the first has nothing before it)"
+        raise InputError(f"{record.where}: expected at least {least}, got {len(tokens) - len(before)}")
+    wrong = next((token for token in tokens if not 0 <= token < len(engine.tokenizer)), None)
+    if wrong is not None:
+        raise InputError(f"{record.where}: expected ids in 0..{len(engine.tokenizer) - 1}, got {wrong}")
+    return tokens, first
+
+
+def _characters(engine: "Engine", tokens: list[int], first: int) -> int:
+    """Characters that the tokens from `first` on complete: of one that two tokens share, the second has it."""
+    decoder = engine.tokenizer.stream()
+    before = sum(len(decoder.push(token)) for token in tokens[:first])
+    return len(engine.tokenizer.decode(tokens)) - before
+
+
+def _described(record: Record, tokens: list[int], logprobs: list[float]) -> dict[str, object]:
+    given = {} if record.text is None else {"text": record.text}
+    given |= {} if record.prompt is None else {"prompt": record.prompt}
+    return {"id": record.id} | given | {"tokens": tokens, "logprobs": [round(value, 8) for value in logprobs]}
