@@ -91,7 +91,10 @@ CONFIG_VALUES = {
         "expected an even rotary_dim in 2..80, got 25",
     ),
     "too much rotary": ({"rope_parameters": {"partial_rotary_factor": 1e9}}, "expected an even rotary_dim in 2..80"),
-    "quantised": ({"quantization_config": {"bits": 4}}, "expected quantization_config null, got {'bits': 4}"),
+    "quantised": (
+        {"quantization_config": {"bits": 4}},
+        "expected quantization_config null or that of python -m xiangxin_fast.quantize, got {'bits': 4}",
+    ),
     "a size below 1": ({"hidden_size": 0}, "expected hidden_size a whole number in 1..1048576, got 0"),
     "a size that is true": ({"num_attention_heads": True}, "expected num_attention_heads a whole number"),
     "a size with a fraction": ({"hidden_size": 160.0}, "expected hidden_size a whole number"),

@@ -55,7 +55,7 @@ class Generator:
     def __init__(self, model: Phi, *, valid_ids: int | None = None, rows: int = 8):
         if not 1 <= rows <= MAX_ROWS:
             raise InputError(f"rows: expected 1..{MAX_ROWS} samples to decode together, got {rows}")
-        self.model, self.rows = model, rows
+        self.model, self.rows = model.prepack(), rows
         self.valid_ids = min(valid_ids or model.config.vocab, model.config.vocab)
         self._idle: DecodeBatch | None = None
 

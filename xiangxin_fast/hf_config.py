@@ -3,10 +3,13 @@
 Two dialects are read: model_type "phi" (transformers >= 4.36; since 5.0 with rope_parameters, which wins over the older
 keys) and "phi-msft" (the code once shipped with phi-1, phi-1.5 and phi-2). Dropout is ignored: the model has none.
 Anything else that would change the arithmetic is refused. Entries that name code, such as auto_map, are never followed.
+A directory whose weights `python -m xiangxin_fast.quantize` wrote has a record of that, in place of which any other
+quantization is refused.
 """
 
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +20,14 @@ from .strict_files import read_json, write_json
 
 SIZE_LIMIT = 1 << 20  # of any one axis; keeps a hostile config from asking for the machine's memory
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
+QUANT_METHOD = "xiangxin"
+
+
+class Quantization(NamedTuple):
+    """How weights are rounded: xiangxin_kernels.quantize tells the meaning."""
+
+    bits: int
+    group: int | None  # None with 8 bits
 
 
 class _Fields:
@@ -69,12 +80,32 @@ def read_config(path: Path) -> PhiConfig:
     model_type = fields.values.get("model_type")
     if not isinstance(model_type, str) or model_type not in readers:
         fields.refuse("model_type", "'phi' or 'phi-msft'")
-    fields.one_of("quantization_config", ())
+    _read_quantization(fields)
     values = readers[model_type](fields)
     try:
         return PhiConfig(**values)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def read_quantization(path: Path) -> Quantization | None:
+    """How the weights beside a config.json are rounded; None where they are not. InputError where we did not do it."""
+    return _read_quantization(_Fields(read_json(path), str(path)))
+
+
+def _read_quantization(fields: _Fields) -> Quantization | None:
+    record = fields.values.get("quantization_config")
+    if record is None:
+        return None
+    known = [Quantization(8, None), *(Quantization(4, size) for size in (32, 64, 128))]
+    found = next((q for q in known if record == _record(q)), None)
+    if found is None:
+        fields.refuse("quantization_config", "null or that of python -m xiangxin_fast.quantize")
+    return found
+
+
+def _record(quantization: Quantization) -> dict:
+    return {"quant_method": QUANT_METHOD} | quantization._asdict()
 
 
 def _read_native(fields: _Fields) -> dict:
@@ -138,7 +169,9 @@ def rotary_factor(config: PhiConfig) -> float:
     return factor
 
 
-def write_configs(directory: Path, config: PhiConfig, dtype: torch.dtype) -> None:
+def write_configs(
+    directory: Path, config: PhiConfig, dtype: torch.dtype, quantization: Quantization | None = None
+) -> None:
     """Writes generation_config.json and config.json for transformers 4.37 and later.
 
     transformers 5 moved the rotary numbers into rope_parameters; older ones read them at the top and would silently
@@ -176,4 +209,5 @@ def write_configs(directory: Path, config: PhiConfig, dtype: torch.dtype) -> Non
         "torch_dtype": str(dtype).removeprefix("torch."),
         "use_cache": True,
     }
-    write_json(directory / "config.json", native | ids | version)
+    record = {} if quantization is None else {"quantization_config": _record(quantization)}
+    write_json(directory / "config.json", native | ids | version | record)

@@ -19,7 +19,8 @@ from .strict_files import MIB, parse_json
 
 HEADER_LIMIT = 4 * MIB  # phi-2's header has 50 KB
 TENSOR_LIMIT = 10_000  # phi-2 has 453 tensors
-DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+FLOAT_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+DTYPE_NAMES = FLOAT_NAMES | {torch.int8: "I8", torch.uint8: "U8"}
 
 
 class SafetensorsFile:
@@ -55,23 +56,23 @@ def _one_line(error: Exception) -> str:
 
 
 def write_safetensors(
-    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, tensors: Iterable[Tensor]
+    path: Path, entries: dict[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[Tensor]
 ) -> None:
-    """Writes the tensors named in `shapes`, as they come and in that order, all in `dtype`; on the disk on return.
+    """Writes `tensors` as they come, of the names, dtypes and shapes in `entries`; on the disk on return.
 
     The library's save_file wants them all in memory at once, and leaves a file that nobody but its owner may read.
     """
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # without it transformers 4 refuses the file
     end = 0
-    for name, shape in shapes.items():
+    for name, (dtype, shape) in entries.items():
         start, end = end, end + dtype.itemsize * math.prod(shape)
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for shape, tensor in zip(shapes.values(), tensors, strict=True):
-            assert (tensor.shape, tensor.dtype) == (shape, dtype), (tensor.shape, tensor.dtype, shape, dtype)
+        for entry, tensor in zip(entries.values(), tensors, strict=True):
+            assert (tensor.dtype, tensor.shape) == entry, (tensor.dtype, tensor.shape, entry)
             file.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
         file.flush()
         os.fsync(file.fileno())

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from xiangxin_kernels import linear_cross_entropy
 
 from .errors import InputError
 from .model import Phi
@@ -39,9 +38,7 @@ def window_logprobs(
     for begin, end in _windows(len(tokens) - 1, model.config.context, stride):
         x = model.hidden(tokens[None, begin:end])[0, scored - 1 - begin :]
         targets = tokens[scored : end + 1]
-        yield -linear_cross_entropy(
-            x, model.head_w[:valid_ids], model.head_b[:valid_ids], targets, reduction="none"
-        ).float()
+        yield -model.head_loss(x, targets, valid_ids=valid_ids, reduction="none").float()
         scored = end + 1
     if scored == 1:
         yield torch.empty(0, device=device)

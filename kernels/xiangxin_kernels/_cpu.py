@@ -112,8 +112,8 @@ def weight_shape(weight: Weight) -> torch.Size:
 
 
 def unpacked(weight: Tensor) -> Tensor:
-    """A bf16 or fp32 weight as [N, K], column blocks or not; differentiable."""
-    return weight if weight.dim() == 2 else weight.transpose(1, 2).flatten(0, 1)
+    """`weight` as it is, or [N, K] where it is column blocks; differentiable."""
+    return weight.transpose(1, 2).flatten(0, 1) if weight.dim() == 3 else weight
 
 
 def kept(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:

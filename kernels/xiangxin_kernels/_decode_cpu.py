@@ -1,7 +1,5 @@
 """decode.py's ops on a CPU: torch composites whose rows have the same bits whatever else is in the batch."""
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,14 +24,6 @@ def _cache_rows(op: str, slots: Tensor | None, rows: int, cache: Tensor) -> list
     return list(range(rows)) if slots is None else _check_rows(op, "slots", slots, rows, 0, len(cache) - 1)
 
 
-@functools.lru_cache(8)
-def _values_of_heads(S: int, H: int) -> tuple[Tensor, Tensor]:
-    """Rows of v [S*H, D] by head, as bags: int32 [H*S], and where each head's begin."""
-    with torch.inference_mode(False):
-        heads = torch.arange(H, dtype=torch.int32)
-        return (heads[:, None] + H * torch.arange(S, dtype=torch.int32)).flatten(), S * heads
-
-
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     """q [H, D] over k, v [S, H, D]: [H, D].
 
@@ -45,7 +35,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         k = kept("wide", k.shape).copy_(k)
     scores = torch.bmm(q.to(dtype)[:, None], k.permute(1, 2, 0)).mul_(scale or D**-0.5)
     weights = scores.softmax(-1).to(v.dtype).flatten()
-    return weighted_sums(v.reshape(S * H, D), *_values_of_heads(S, H), weights)
+    rows = torch.arange(S * H, dtype=torch.int32).view(S, H).T.flatten()  # of v [S*H, D], head by head
+    return weighted_sums(v.reshape(S * H, D), rows, torch.arange(0, S * H, S, dtype=torch.int32), weights)
 
 
 def decode_attention_cpu(

@@ -24,11 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._cpu import linear
+from ._cpu import Weight, linear, weight_shape
 from ._host import as_rows, check, check_dtypes, use_triton
 from .attention import _attention_bwd, _attention_fwd, attention, attention_ref, backward_tiles, document_bounds
 from .gemm import _project_in, _project_out, _project_out_bwd, _weight_gradients, dgelu_row_tiles
 from .layer_norm import layer_norm, layer_norm_backward, layer_norm_forward, layer_norm_ref
+from .quantized import QuantizedWeight, dequantize
 
 
 def rotate_pairs_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -152,18 +153,21 @@ def _prefill(x, ln_w, ln_b, w_in, b_in, w_out, b_out, cos, sin, heads, eps, cach
 
 
 def _check_shapes(x, ln_w, ln_b, w_in, b_in, w_out, b_out, cos, sin, heads, segment_ids, cache, q_start) -> None:
+    def expect_shape(name: str, found: torch.Size, *shape: int):
+        check(found == shape, f"parallel_block: expected {name} {list(shape)}, got {list(found)}")
+
     def expect(name: str, tensor: Tensor, *shape: int):
-        check(tensor.shape == shape, f"parallel_block: expected {name} {list(shape)}, got {list(tensor.shape)}")
+        expect_shape(name, tensor.shape, *shape)
 
     check(x.dim() == 3, f"parallel_block: expected x [B, T, C], got {list(x.shape)}")
-    (B, T, C), F = x.shape, w_in.shape[0] - 3 * x.shape[2]
+    (B, T, C), F = x.shape, weight_shape(w_in)[0] - 3 * x.shape[2]
     check(heads > 0 and C % heads == 0, f"parallel_block: expected heads that divide C = {C}, got {heads}")
     expect("ln_w", ln_w, C)
     expect("ln_b", ln_b, C)
-    check(F > 0, f"parallel_block: expected w_in [3C+F, C] with C = {C}, got {list(w_in.shape)}")
-    expect("w_in", w_in, 3 * C + F, C)
+    check(F > 0, f"parallel_block: expected w_in [3C+F, C] with C = {C}, got {list(weight_shape(w_in))}")
+    expect_shape("w_in", weight_shape(w_in), 3 * C + F, C)
     expect("b_in", b_in, 3 * C + F)
-    expect("w_out", w_out, C, C + F)
+    expect_shape("w_out", weight_shape(w_out), C, C + F)
     expect("b_out", b_out, 2, C)
     D, R = C // heads, 2 * cos.shape[-1]
     check(cos.dim() == 2 and R <= D, f"parallel_block: expected cos [S, R/2] with R at most {D}, got {list(cos.shape)}")
@@ -185,9 +189,9 @@ def parallel_block(
     x: Tensor,
     ln_w: Tensor,
     ln_b: Tensor,
-    w_in: Tensor,
+    w_in: Weight,
     b_in: Tensor,
-    w_out: Tensor,
+    w_out: Weight,
     b_out: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -213,6 +217,9 @@ def parallel_block(
         bounds = document_bounds(segment_ids)
     if not use_triton(x):
         return _parallel_block_cpu(x, *weights, cos, sin, heads, eps, bounds, cache, q_start)
+    # A layer's worth at a time, for products at their usual speed: many rows share the cost.
+    w_in, w_out = (dequantize(w, x.dtype) if isinstance(w, QuantizedWeight) else w for w in (w_in, w_out))
+    weights = (ln_w, ln_b, w_in, b_in, w_out, b_out)
     check_dtypes("parallel_block", x=x, ln_w=ln_w, ln_b=ln_b, w_in=w_in, b_in=b_in, w_out=w_out, b_out=b_out)
     if cache is not None:
         return _prefill(x, *weights, cos, sin, heads, eps, cache, q_start)

@@ -19,6 +19,7 @@ from torch import Tensor
 from ._host import check
 
 GROUPS = (128, 64, 32)
+CHUNK_ROWS = 4096  # widened at once
 
 
 class QuantizedWeight(NamedTuple):
@@ -58,6 +59,9 @@ def quantize(weight: Tensor, bits: int, group: int | None = None) -> QuantizedWe
     check(bits in (8, 4), f"quantize: expected 8 or 4 bits, got {bits}")
     check(bits == 4 or group is None, f"quantize: expected no group with 8 bits, got {group}")
     N, K = weight.shape
+    if N > CHUNK_ROWS:
+        parts = zip(*(quantize(rows, bits, group) for rows in weight.split(CHUNK_ROWS)), strict=True)
+        return QuantizedWeight(*map(torch.cat, parts))
     wide = weight.float()
     if bits == 8:
         scale = (wide.abs().amax(1) / 127).bfloat16()
