@@ -79,7 +79,13 @@ def test_each_room_imports_only_what_it_may():
 
 def test_front_doors_are_frozen():
     """To add a public name is a decision: it goes in here too."""
-    names = {"document_bounds"} | QUANTIZATION | {"linear", "prepack", "unpacked"} | FRONT_DOOR_OF_KERNELS | {f"{name}_ref" for name in FRONT_DOOR_OF_KERNELS}
+    names = (
+        {"document_bounds"}
+        | QUANTIZATION
+        | {"linear", "prepack", "unpacked"}
+        | FRONT_DOOR_OF_KERNELS
+        | {f"{name}_ref" for name in FRONT_DOOR_OF_KERNELS}
+    )
     assert set(xiangxin_kernels.__all__) == names
     assert all(callable(getattr(xiangxin_kernels, name)) for name in names)
     assert set(xiangxin_fast.__all__) == FRONT_DOOR_OF_FAST
