@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from tests.training import SHAPE, random_batch
-from train import checkpoint, loop, mixture, parallel, saver, watchdog
+from train import checkpoint, guards, loop, mixture, parallel, saver, watchdog
 from train.config import TrainConfig
 from train.optim import Optimizer
 from xiangxin_fast.model import Phi
@@ -142,12 +142,29 @@ def with_flipped_bit(config: TrainConfig, rank: int, step: int) -> str | None:
         return f"{type(error).__name__}: {error}"
 
 
+def with_spike(config: TrainConfig, step: int) -> int:
+    """A run whose guards see a spike at a step, the first time that it comes there; its last step."""
+    judge, seen = guards.Guards.judge, []
+
+    def spiked(self, number, *arguments):
+        judge(self, number, *arguments)
+        return number == step and (seen or seen.append(number)) is None
+
+    guards.Guards.judge = spiked
+    return trained(config)
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """The sha256 of a tensor's bytes."""
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+
+
 def with_late_writes(config: TrainConfig, log: Path) -> int:
     """A run whose checkpoints are written long after they were begun; notes the hashes of what was to be in them."""
     begin, save = saver.Saver.begin, checkpoint.save
 
     def hashed(self, tensors, state):
-        digests = {name: hashlib.sha256(parallel.local(t).numpy().tobytes()).hexdigest() for name, t in tensors.items()}
+        digests = {name: digest(parallel.local(tensor)) for name, tensor in tensors.items()}
         with log.open("a") as stream:
             stream.write(json.dumps([state["step"], self._ranks.rank, digests]) + "\n")
         begin(self, tensors, state)

@@ -4,6 +4,7 @@ They are forked from one process that has imported torch already, so that starti
 runs a function of this package by its name, and can be killed like any other process.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -61,8 +62,9 @@ class Started:
             os.environ["PYTHONPATH"] = before
 
     def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
-        """Sends a signal to a rank."""
-        os.kill(self.processes[rank].pid, number)
+        """Sends a signal to a rank, unless it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.processes[rank].pid, number)
 
     def wait(self, timeout: float = TIMEOUT) -> list[Ended]:
         """How each rank ended. Those still there after `timeout` seconds are killed, and AssertionError says so."""

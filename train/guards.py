@@ -14,8 +14,8 @@ from xiangxin_fast.errors import InputError
 
 WINDOW = 128  # losses that a new one is held against
 ENOUGH = 32  # of them before anything is judged
-SIGMAS = 6.0  # above their median, in standard deviations as the median absolute deviation estimates them
-RISE = 0.05  # and at least this part of the median above it: a flat curve deviates by next to nothing
+SIGMAS = 6.0  # above what they lead to expect, in standard deviations as their median absolute deviation estimates it
+RISE = 0.05  # and at least this part of it above it: a flat curve deviates by next to nothing
 PATIENCE = 3  # steps in a row
 SIGMA_PER_MAD = 1.4826  # of a normal distribution
 
@@ -56,6 +56,10 @@ class Guards:
     def _is_high(self, loss: float) -> bool:
         if len(self.losses) < ENOUGH:
             return False
-        middle = median(self.losses)
-        deviation = SIGMA_PER_MAD * median(abs(value - middle) for value in self.losses)
+        half = len(self.losses) // 2
+        # Losses fall: without its slope, taken between the medians of its halves, a curve would hide what rises less.
+        slope = min(0.0, (median(self.losses[-half:]) - median(self.losses[:half])) / (len(self.losses) - half))
+        now = [value + slope * (len(self.losses) - i) for i, value in enumerate(self.losses)]
+        middle = median(now)
+        deviation = SIGMA_PER_MAD * median(abs(value - middle) for value in now)
         return loss > middle + max(SIGMAS * deviation, RISE * middle)

@@ -72,7 +72,7 @@ def train(config: TrainConfig) -> Outcome:
             outcome = _Run(config, ranks, watchdog, stop).go()
     except BaseException as error:
         lost = watchdog.explain() if isinstance(error, RuntimeError) else None
-        watchdog.leave(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        watchdog.leave(str(lost) if lost else f"{type(error).__name__}: {' '.join(str(error).split())}")
         if lost:
             raise lost from error
         raise

@@ -124,6 +124,8 @@ def join(timeout: float = 600.0, replicas: int | None = None) -> Ranks:
     if cuda:
         torch.cuda.set_device(device)
     store, rank, size = next(dist.rendezvous("env://")) if size > 1 else (dist.HashStore(), 0, 1)
+    # torchrun keeps its store when it starts the ranks again: addresses of dead ones would still be in it.
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     wait = timedelta(seconds=timeout)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
@@ -252,18 +254,19 @@ def gathered(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
     return whole
 
 
-def disagreeing_ranks(parts: list[Tensor], ranks: Ranks) -> list[list[int]]:
-    """Groups of ranks whose `parts`, which are copies of each other, differ in any bit: one list of all ranks of each.
-
-    A fingerprint is the sum of all 32-bit words times odd numbers, modulo 2**64, which no single flipped bit leaves as
-    it is. Where there is one replica there is nothing to compare.
-    """
-    total = torch.zeros((), dtype=torch.int64, device=ranks.device)
+def fingerprint(parts: list[Tensor]) -> Tensor:
+    """A 64-bit number that no single flipped bit leaves as it is: the 32-bit words times odd numbers, modulo 2**64."""
+    total = torch.zeros((), dtype=torch.int64, device=parts[0].device)
     for part in parts:
         words = part.contiguous().view(torch.int32).flatten()
         odd = torch.arange(1, 2 * words.numel() + 1, 2, device=words.device)
         total = total * 31 + (words * odd).sum()
-    prints = ranks.gather(total[None])[:, 0].tolist()
+    return total
+
+
+def disagreeing_ranks(parts: list[Tensor], ranks: Ranks) -> list[list[int]]:
+    """Of each group of ranks that hold copies of one another's `parts`, those groups where the copies differ."""
+    prints = ranks.gather(fingerprint(parts)[None])[:, 0].tolist()
     shards = ranks.size // ranks.replicas
     groups = [list(range(shard, ranks.size, shards)) for shard in range(shards)]
     return [group for group in groups if len({prints[rank] for rank in group}) > 1]

@@ -72,18 +72,16 @@ def resume(
     return Start(Position.from_json(state), path, found["rejected"])
 
 
-def rewind(config: TrainConfig, before: int, tensors: dict[str, Tensor], team: Team, console: Console) -> Start:
-    """Reads the newest valid checkpoint of a step before `before`. InputError where there is none."""
+def rewind(config: TrainConfig, before: int, tensors: dict[str, Tensor], team: Team, console: Console) -> Start | None:
+    """Reads the newest valid checkpoint of a step before `before`; None where there is none."""
 
-    def choose() -> dict:
+    def choose() -> dict | None:
         path, state, rejected = checkpoint.newest_valid(config.out / "checkpoints", before)
-        if path is None:
-            raise InputError(
-                f"{config.out / 'checkpoints'}: expected a valid checkpoint before step {before}, got none"
-            )
-        return {"path": str(path), "state": state, "rejected": [str(reason) for reason in rejected]}
+        return path and {"path": str(path), "state": state, "rejected": [str(reason) for reason in rejected]}
 
     found = team.first(choose)
+    if found is None:
+        return None
     path, state = Path(found["path"]), found["state"]
     _read(path, state, tensors, config, team, console)
     return Start(Position.from_json(state), path, found["rejected"])
