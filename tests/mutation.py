@@ -48,12 +48,50 @@ def _cross_entropy(name: str, old: str, new: str) -> Mutation:
     return Mutation(f"cross_entropy: {name}", "cross_entropy.py", old, new, "tests/kernels/test_cross_entropy.py")
 
 
-def _gemm(name: str, old: str, new: str) -> Mutation:
-    tests = "tests/kernels/test_mlp.py tests/kernels/test_parallel_block.py"
+def _gemm(name: str, old: str, new: str, only: str = "") -> Mutation:
+    tests = (
+        f"tests/kernels/test_gemm.py -k {only}"
+        if only
+        else "tests/kernels/test_mlp.py tests/kernels/test_parallel_block.py"
+    )
     return Mutation(f"gemm: {name}", "gemm.py", old, new, tests)
 
 
+def _decode(name: str, file: str, old: str, new: str, only: str) -> Mutation:
+    """`only` names the quickest tests that can notice, as pytest's -k does."""
+    return Mutation(f"decode: {name}", file, old, new, f"tests/kernels/test_decode_kernels.py -k '{only}'")
+
+
+_GEMV, _DECODE_ATTENTION = "_decode_gemv.py", "_decode_attention.py"
+
 MUTATIONS = [
+    _decode("a split too many", _DECODE_ATTENTION, "if start >= length:", "if start > length:", "TestRows and attention"),
+    _decode("the next position seen", _DECODE_ATTENTION, "mask_n = offs_n < length", "mask_n = offs_n <= length",
+            "never_read"),
+    _decode("the tail of a head left out", _DECODE_ATTENTION, "        scores += tl.reshape(tail, [SPLIT])\n", "",
+            "TestNumerics and attention"),
+    _decode("splits not rescaled", _DECODE_ATTENTION, "tl.exp2(m_i - m_new), tl.exp2(m - m_new)",
+            "tl.exp2(m_i - m_i), tl.exp2(m - m_new)", "many_splits"),
+    _decode("slot in 32 bits", _GEMV, "slot.to(tl.int64) * cache_stride_row", "slot * cache_stride_row",
+            "two_to_the_31"),
+    _decode("counters left as they were", _GEMV, "mask=zeros < counters)", "mask=zeros < counters - 1)",
+            "TestNumerics and test_block"),
+    _decode("the first split for all", _GEMV, "first = split.to(tl.int64) * SPLIT_K", "first = split.to(tl.int64) * 0",
+            "TestNumerics and test_block"),
+    _decode("values rotated too", _GEMV, "(offs_n < 2 * C)[None, :], rotate", "(offs_n < 3 * C)[None, :], rotate",
+            "TestNumerics and test_block"),
+    _decode("attention's bias alone", _GEMV, "bias_ptr + N + offs_n", "bias_ptr + offs_n",
+            "TestNumerics and test_block"),
+    _decode("variance about the first mean", _GEMV, "return mean + correction,", "return mean,", "far_from_zero"),
+    _decode("tiles in the wrong order", _GEMV, "tiles = tiles[1:] + (ahead,)", "tiles = (ahead,) + tiles[1:]",
+            "quantized_weights"),
+    _decode("scale of the next group", _GEMV, "* BLOCK_K) // GROUP", "* BLOCK_K) // GROUP + 1", "quantized_weights"),
+    _decode("a zero point of 7", _GEMV, "low = ((wide & 0xF) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0",
+            "low = ((wide & 0xF) | 0x4B000000).to(tl.float32, bitcast=True) - 8388615.0", "quantized_weights"),
+    _decode("columns of another slice", _GEMV, "if BITS == 8:\n        y *=", "if BITS == 9:\n        y *=",
+            "quantized_weights"),
+    _decode("K cut by the number of rows", "decode.py", '"SLICES": 4, "BLOCK_K": 64', '"SLICES": 4, "BLOCK_K": 64 if K > 80 else 32',
+            "nothing"),
     _cross_entropy("row offset in 32 bits", "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)"),
     _cross_entropy("one-hot left out", "dz - (1.0 - label_smoothing), dz) * dloss", "dz, dz) * dloss"),
     _cross_entropy("sum not rescaled", "l_i = l_i * tl.exp2((m_i - m_safe) * LOG2E) + ", "l_i = l_i + "),
@@ -64,6 +102,27 @@ MUTATIONS = [
     _gemm("positions run over sequences", "q_start + offs_m % T", "q_start + offs_m"),
     _gemm("rows past the end summed", "tl.sum(tl.where(mask, t, 0.0), 0)", "tl.sum(t, 0)"),
     _gemm("second bias left out", "bias_ptr + N + offs_n, mask=mask_n", "bias_ptr + N + offs_n, mask=offs_n < 0"),
+    _gemm(
+        "rows of a in 32 bits",
+        "tl.minimum(offs_m, M - 1).to(tl.int64)[:, None] * a_stride_m",
+        "tl.minimum(offs_m, M - 1)[:, None] * a_stride_m",
+        "offsets_pass",
+    ),
+    _gemm(
+        "rows of the outputs in 32 bits", "row = offs_m.to(tl.int64)[:, None]", "row = offs_m[:, None]", "offsets_pass"
+    ),
+    _gemm(
+        "rows of cuBLAS's product in 32 bits",
+        "t_ptr + offs_m.to(tl.int64)[:, None] * t_stride_m",
+        "t_ptr + offs_m[:, None] * t_stride_m",
+        "offsets_pass",
+    ),
+    _gemm(
+        "a row that looks at the number of rows",
+        "for k in range(0, K, BLOCK_K):\n        mask_k",
+        "for k in range(0, K + 0 * M, BLOCK_K):\n        acc = acc * (M / 3 * 3 / M)\n        mask_k",
+        "itself_alone",
+    ),
     _gemm("slope of another place", "t *= slope", "t *= value"),
     _layer_norm("mask one too wide", "mask_c = offs_c < C\n    x =", "mask_c = offs_c <= C\n    x ="),
     _layer_norm("gradient mask one too wide", "mask_c = offs_c < C\n    weight", "mask_c = offs_c <= C\n    weight"),
