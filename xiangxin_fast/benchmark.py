@@ -40,21 +40,27 @@ class Contender:
 
 
 def _weight_bytes(model: nn.Module, embedding: Tensor, tied: bool) -> int:
-    total = sum(t.numel() * t.element_size() for t in itertools.chain(model.parameters(), model.buffers()))
+    """Bytes of all weights, tuples of tensors where they are quantized; the embedding only where it is the head too."""
+    owned = (value for module in model.modules() for value in vars(module).values() if isinstance(value, tuple))
+    quantized = (part for value in owned for part in value if isinstance(part, Tensor))
+    total = sum(t.numel() * t.element_size() for t in itertools.chain(model.parameters(), model.buffers(), quantized))
     return total if tied else total - embedding.numel() * embedding.element_size()
 
 
-def ours(generator: Generator) -> Contender:
-    """Greedy completions by our generator."""
-    model, config = generator.model, generator.model.config
+def ours(model: Phi, rows: int) -> Contender:
+    """Greedy completions by our generator, of at most `rows` prompts at a time.
+
+    `model`: as no generator has had it, which on a CPU lays weights out anew, with padding that is no use to anyone.
+    """
+    weights = _weight_bytes(model, model.embed, model.config.tied_head)
+    generator = Generator(model, rows=rows)
 
     def run(prompts: list[list[int]], new_tokens: int) -> Arrivals:
         begin = time.perf_counter()
         stream = generator.stream(prompts, max_new_tokens=new_tokens, temperature=0, stop_ids=())
         return [(time.perf_counter() - begin, step.sample) for step in stream]
 
-    weights = _weight_bytes(model, model.embed, config.tied_head)
-    return Contender(run, config, weights, model.embed.element_size())
+    return Contender(run, model.config, weights, model.embed.element_size())
 
 
 class _Arrivals:

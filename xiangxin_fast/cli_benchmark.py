@@ -14,11 +14,13 @@ from rich.table import Table
 from .benchmark import Contender, Measured, copy_bytes_per_s, measure, ours, random_model, transformers
 from .checkpoint import load_pretrained
 from .cli_complete import write_json_line
-from .cli_engine import default_device, device_of, dtype_of, use_threads
+from .cli_engine import default_device, device_of, dtype_of, require_memory, use_threads
 from .config import PhiConfig
 from .errors import InputError
-from .generator import Generator
+from .hf_config import read_config
 from .model import DEFAULT_DTYPE, Phi
+from .quantization import quantize_model
+from .strict_files import file_of
 
 if TYPE_CHECKING:
     from .cli_arguments import Arguments
@@ -39,7 +41,7 @@ def benchmark(arguments: "Arguments") -> None:
     model = _model(arguments, arguments.machine.quantize)
     device = model.embed.device
     rows = max(arguments.bench.benchmark_rows or ROWS[device.type])
-    contenders = {OURS: ours(Generator(model, rows=rows))} | peer
+    contenders = {OURS: ours(model, rows)} | peer
     bandwidth = copy_bytes_per_s(device)
     about = _about(arguments, model) | {"copy_bytes_per_s": bandwidth}
     if arguments.json:
@@ -58,9 +60,12 @@ def benchmark(arguments: "Arguments") -> None:
 def _model(arguments: "Arguments", quantize: str | None) -> Phi:
     device, dtype = device_of(arguments.machine), dtype_of(arguments.machine)
     if arguments.bench.preset is None:
-        return load_pretrained(arguments.model, device, dtype)
+        require_memory(read_config(file_of(arguments.model, "config.json")), device, dtype, quantize)
+        return load_pretrained(arguments.model, device, dtype, quantize=quantize)
     config = PhiConfig.from_preset(arguments.bench.preset)
-    return random_model(config, device or default_device(), dtype or DEFAULT_DTYPE)
+    require_memory(config, device, dtype, None)
+    model = random_model(config, device or default_device(), dtype or DEFAULT_DTYPE)
+    return quantize_model(model, quantize) if quantize else model
 
 
 def _peer(model: Phi) -> dict[str, Contender]:

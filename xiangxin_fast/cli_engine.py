@@ -1,16 +1,21 @@
 """A model directory as the command line wants it: tokenizer and shape at once, the weights when they are needed."""
 
 import functools
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from .checkpoint import load_pretrained
+from .config import PhiConfig
+from .decode_batch import MAX_ROWS
 from .errors import InputError
 from .generator import Generator
 from .hf_config import read_config
-from .model import Phi
+from .kv_cache import free_bytes
+from .model import DEFAULT_DTYPE, Phi
+from .quantization import entries_of, quantization_of
 from .strict_files import file_of
 from .tokenizer import Tokenizer
 
@@ -45,6 +50,32 @@ def dtype_of(machine: "MachineOptions") -> torch.dtype | None:
     return None if machine.dtype == "auto" else getattr(torch, machine.dtype)
 
 
+def require_memory(
+    config: PhiConfig, device: torch.device | None, dtype: torch.dtype | None, quantize: str | None
+) -> None:
+    """InputError where a GPU has too little memory for the weights: what they need, and what would fit."""
+    device = device or default_device()
+    if device.type != "cuda":
+        return
+    needed = {kind: weight_bytes(config, dtype or DEFAULT_DTYPE, kind) for kind in (None, "int8", "int4")}
+    free = free_bytes(device)
+    if needed[quantize] > free:
+        fits = [f"--quantize {kind} ({needed[kind] / 1e9:.2f} GB)" for kind in ("int8", "int4") if needed[kind] < free]
+        raise InputError(
+            f"expected {needed[quantize] / 1e9:.2f} GB of free memory on {device} for the weights, got "
+            f"{free / 1e9:.2f} GB; {' or '.join([*fits, '--device cpu'])} would fit"
+        )
+
+
+def weight_bytes(config: PhiConfig, dtype: torch.dtype, quantize: str | None) -> int:
+    """Bytes of a model's weights."""
+    if quantize is None:
+        return config.parameters * dtype.itemsize
+    shapes = {name: parameter.shape for name, parameter in Phi(config, "meta").named_parameters()}
+    entries = entries_of(shapes, quantization_of(quantize, config)).values()
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in entries)
+
+
 class Engine:
     """A model directory. InputError where it does not fit, as soon as that can be known."""
 
@@ -53,10 +84,15 @@ class Engine:
         self._device = device_of(machine)
         self.tokenizer = Tokenizer.load(directory)
         self.config = read_config(file_of(directory, "config.json"))
+        for flag, number, most in (("--rows", machine.rows, MAX_ROWS), ("--lookup", machine.lookup, MAX_ROWS - 1)):
+            if number > most:
+                raise InputError(f"{flag}: expected at most {most}, got {number}")
 
     @functools.cached_property
     def model(self) -> Phi:
-        return load_pretrained(self.directory, self._device, dtype_of(self._machine))
+        dtype, quantize = dtype_of(self._machine), self._machine.quantize
+        require_memory(self.config, self._device, dtype, quantize)
+        return load_pretrained(self.directory, self._device, dtype, quantize=quantize)
 
     @functools.cached_property
     def generator(self) -> Generator:
