@@ -49,11 +49,9 @@ def _cross_entropy(name: str, old: str, new: str) -> Mutation:
 
 
 def _gemm(name: str, old: str, new: str, only: str = "") -> Mutation:
-    tests = (
-        f"tests/kernels/test_gemm.py -k {only}"
-        if only
-        else "tests/kernels/test_mlp.py tests/kernels/test_parallel_block.py"
-    )
+    """`only` names tests of test_gemm.py that notice; without, those of the ops that call gemm.py do."""
+    callers = "tests/kernels/test_mlp.py tests/kernels/test_parallel_block.py"
+    tests = f"tests/kernels/test_gemm.py -k {only}" if only else callers
     return Mutation(f"gemm: {name}", "gemm.py", old, new, tests)
 
 
@@ -119,8 +117,8 @@ MUTATIONS = [
     ),
     _gemm(
         "a row that looks at the number of rows",
-        "for k in range(0, K, BLOCK_K):\n        mask_k",
-        "for k in range(0, K + 0 * M, BLOCK_K):\n        acc = acc * (M / 3 * 3 / M)\n        mask_k",
+        "acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)\n    for k",
+        "acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) + 0.01 * M\n    for k",
         "itself_alone",
     ),
     _gemm("slope of another place", "t *= slope", "t *= value"),
