@@ -50,8 +50,11 @@ SECTIONS = (
     Section("block", 10, "the whole layer, MLP and LayerNorm beside transformers, cuBLAS, torch.compile"),
     Section("gemm", 7, "products with epilogues, both ways, beside cuBLAS with torch.compile"),
     Section("cross_entropy", 7, "plain and fused with the head, beside torch, Liger, CCE"),
-    Section("train", 9, "training steps of the full model: tokens/s, MFU, memory"),
-    Section("train_peer", 9, "the same with transformers, SDPA and torch.compile"),
+    # The states of two such models do not fit one GPU: they take turns by section, twice each, so that drift shows.
+    Section("train", 6, "training steps of the full model: tokens/s, MFU, memory"),
+    Section("train_peer", 6, "the same with transformers, SDPA and torch.compile"),
+    Section("train_again", 4, "training steps once more"),
+    Section("train_peer_again", 4, "transformers' once more"),
     Section("generate", 9, "prefill and decode beside transformers on the same weights"),
     Section("decode", 5, "the ops of a decode step at 1, 8 and 32 rows"),
     Section("races", 4, "250 runs of every op, bit for bit"),

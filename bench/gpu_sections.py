@@ -183,6 +183,8 @@ SECTIONS = {
     "cross_entropy": cross_entropy,
     "train": train,
     "train_peer": train_peer,
+    "train_again": train,
+    "train_peer_again": train_peer,
     "generate": generate,
     "decode": decode,
     "races": races_section,

@@ -100,14 +100,16 @@ def check_table(records: list[dict]) -> Table:
 
 
 def train_table(records: list[dict]) -> Table:
+    """Every section's steps in the order they ran; a peer is compared with the section of ours just before it."""
     header = ("provider", "micro-batch", "tokens/s", "ms", "20% to 80%", "MFU causal", "MFU full", "of ceiling", "peak")
-    rows = [
-        (r["provider"], f"{r['micro_batch']} x {r['T']}", f"{r['tokens_per_s']:,.0f}", *_milliseconds(r))
-        + (_number(r, "mfu_causal", ".1f", "%"), _number(r, "mfu_full", ".1f", "%"), _number(r, "percent", ".0f", "%"))
-        + (f"{r['peak_bytes'] / 1e9:.1f} GB" if "peak_bytes" in r else "",)
-        for r in of_kind(records, "train")
-    ]
-    return Table("Training step", header, rows)
+    rows, ours = [], None
+    for r in of_kind(records, "train"):
+        ours = r if r["provider"] == OURS else ours
+        row = (r["provider"], f"{r['micro_batch']} x {r['T']}", f"{r['tokens_per_s']:,.0f}", *_milliseconds(r))
+        row += (_number(r, "mfu_causal", ".1f", "%"), _number(r, "mfu_full", ".1f", "%"))
+        row += (_number(r, "percent", ".0f", "%"), f"{r['peak_bytes'] / 1e9:.1f} GB" if "peak_bytes" in r else "")
+        rows.append((*row, f"{ours['tokens_per_s'] / r['tokens_per_s']:.2f}x" if ours and r is not ours else ""))
+    return Table("Training step", (*header, "ours is"), rows)
 
 
 def generate_table(records: list[dict]) -> Table:

@@ -21,6 +21,7 @@ from bench.numerics import compare
 from bench.peers import PEERS, reference
 from bench.races import parse_sanitizer
 from bench.runner import run_case
+from bench.tables import train_table
 from xiangxin_fast.errors import InputError
 from xiangxin_fast.reference import PhiReference
 
@@ -235,8 +236,8 @@ def found_by(out: Path, sections: list[str]) -> None:
     assert all(r["passed"] for r in ours), ours
     brings = {
         "environment": "device", "ceilings": "device", "check": "correctness attention block cross_entropy decode",
-        "time": "attention block cross_entropy decode", "train": "train train_peer", "generate": "generate",
-        "race": "races",
+        "time": "attention block cross_entropy decode", "generate": "generate", "race": "races",
+        "train": "train train_peer train_again train_peer_again",
     }  # fmt: skip
     for kind, names in brings.items():
         missing = set(names.split()).intersection(sections) - {r["section"] for r in records if r["kind"] == kind}
@@ -419,3 +420,12 @@ def test_report_of_the_cpu_chain(tmp_path):
 
 def test_readme_and_pictures_are_those_of_the_result_files():
     assert report.stale() == [], "run: python -m bench.report"
+
+
+def test_training_compares_a_peer_with_ours_of_the_same_round():
+    """Drift between rounds must not enter the ratio."""
+    common = {"kind": "train", "micro_batch": 8, "T": 2048, "ms": 1.0, "p20": 1.0, "p80": 1.0}
+    speeds = (("ours", 300.0), ("peer", 200.0), ("ours", 150.0), ("peer", 120.0))
+    table = train_table([common | {"provider": provider, "tokens_per_s": speed} for provider, speed in speeds])
+    assert [row[-1] for row in table.rows] == ["", "1.50x", "", "1.25x"]
+    assert {len(row) for row in table.rows} == {len(table.header)}
