@@ -72,8 +72,11 @@ def capture(step: Callable[[], Tensor], pool) -> tuple[torch.cuda.CUDAGraph, Ten
     return graph, result
 
 
-def _addresses(model: Phi) -> list[int]:
-    return [t.data_ptr() for t in (*model.parameters(), *model.buffers())]
+def _weights(model: Phi) -> list[Tensor]:
+    """All tensors of the model: its parameters, and the parts of quantized weights, which are none."""
+    values = (value for module in model.modules() for value in vars(module).values())
+    parts = (part for value in values if isinstance(value, tuple) for part in value)
+    return [*model.parameters(), *(part for part in parts if isinstance(part, Tensor))]
 
 
 class DecodeBatch:
@@ -85,8 +88,8 @@ class DecodeBatch:
     def __init__(self, model: Phi, slots: int, positions: int, valid_ids: int):
         self.model, self.slots = model, slots
         self._valid_ids, self._device = valid_ids, model.embed.device
-        self._addresses = _addresses(model)
-        weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+        self._addresses = [t.data_ptr() for t in _weights(model)]
+        weights = sum(t.nbytes for t in _weights(model))
         self.cache = KVCache.allocate(
             model.config, slots, positions, device=self._device, dtype=model.embed.dtype, weights=weights
         )
@@ -106,7 +109,7 @@ class DecodeBatch:
     def fits(self, slots: int, positions: int) -> bool:
         """Whether it has the room, and the weights are still where captured graphs look for them."""
         enough = slots <= self.slots and positions <= self.cache.positions
-        return enough and self._addresses == _addresses(self.model) and self.cache.k.dtype == self.model.embed.dtype
+        return enough and self._addresses == [t.data_ptr() for t in _weights(self.model)]
 
     def configure(self, sampling: Sampling, lookup: int) -> None:
         """How tokens are drawn from now on, with `lookup` of them drafted in each step."""
