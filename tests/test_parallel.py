@@ -129,6 +129,23 @@ def test_two_ranks_export_the_parameters_of_their_checkpoint(straight, tmp_path)
     assert (config.out / "model" / "model.safetensors").read_bytes() == exported
 
 
+def test_each_node_holds_a_replica_and_its_checkpoint_is_read_by_one_process(straight, tmp_path):
+    """Two nodes of two ranks: parameters are sharded in a node and copied to the other (HSDP)."""
+    config = dataclasses.replace(straight, out=tmp_path / "run", check_replicas=5)
+    ranks.run(4, rank_jobs.trained, config, environment={"LOCAL_WORLD_SIZE": "2"})
+    sizes = [
+        sum(file.stat().st_size for file in (c.out / "checkpoints" / "step-00000020").glob("*.safetensors"))
+        for c in (straight, config)
+    ]
+    assert sizes[1] < 1.5 * sizes[0], "each number is written by one replica alone"
+    expected, found = ([float.fromhex(loss) for _, loss, _ in losses_of(c)] for c in (straight, config))
+    assert found == pytest.approx(expected, rel=1e-6)
+    exported = (config.out / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(config.out / "model")
+    assert train(config).finished
+    assert (config.out / "model" / "model.safetensors").read_bytes() == exported
+
+
 def test_every_parameter_takes_part_in_an_update(straight, place):
     """Incident: DeepSpeed#7640, an optimizer that silently changed nothing."""
     before = load_pretrained(place / "hf", "cpu", torch.float32)

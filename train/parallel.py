@@ -90,11 +90,6 @@ class Ranks:
     def replicas(self) -> int:
         return self.mesh.size(0) if self.mesh is not None and self.mesh.ndim == 2 else 1
 
-    @property
-    def replica(self) -> int:
-        """Which replica of the model this rank holds a part of."""
-        return self.rank // (self.size // self.replicas)
-
     def gather(self, report: Tensor) -> Tensor:
         """Each rank's `report` [n] as [size, n], on the device and the same on all ranks; the host does not wait."""
         if self.mesh is None:
