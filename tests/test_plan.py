@@ -11,7 +11,7 @@ import torch
 from bench.measure import DATASHEET
 from bench.roofline import GPUS as ROOFLINES
 from train import plan
-from train.gpus import GIB, GPUS, Gpu, gpu_called
+from train.gpus import GPUS, Gpu, gpu_called
 from train.plan import DAY, Kernels, Plan
 from xiangxin_fast.config import PhiConfig
 from xiangxin_fast.errors import InputError
@@ -133,7 +133,7 @@ def test_a_plan_that_does_not_fit_together_is_named(options, message):
 
 def test_the_command_prints_parts_claim_and_cost_without_a_gpu():
     """Through train/run.py, at a small shape: the worker's process is started and read."""
-    options = ["--preset", "demo", "--context", "64", "--batch", "16", "--micro-batch", "1", "--price", "2.5"]
+    options = ["--preset", "demo", "--context", "64", "--batch", "8", "--micro-batch", "1", "--price", "2.5"]
     command = [sys.executable, "train/run.py", "--plan", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -180,12 +180,11 @@ def test_all_layers_traced_need_what_was_predicted_from_two_traces(eight_ranks):
 
 @pytest.mark.interpreter
 def test_the_largest_micro_batch_fits_and_the_next_does_not(eight_ranks):
-    most = eight_ranks.largest_micro_batch(PHI, 2048, 8, True, 36 * GIB)
-    assert 0 < most < 8
-    assert sum(eight_ranks.predict(PHI, 2048, most, True).values()) <= 36 * GIB
-    assert sum(eight_ranks.predict(PHI, 2048, most + 1, True).values()) > 36 * GIB
-    assert eight_ranks.largest_micro_batch(PHI, 2048, 1, True, 80 * GIB) == 1
-    assert eight_ranks.largest_micro_batch(PHI, 2048, 1, True, 10 * GIB) == 0
+    four = sum(eight_ranks.predict(TINY, 32, 4, False).values())
+    assert eight_ranks.largest_micro_batch(TINY, 32, 8, False, four) == 4
+    assert eight_ranks.largest_micro_batch(TINY, 32, 8, False, four - 1) == 3
+    assert eight_ranks.largest_micro_batch(TINY, 32, 2, False, four) == 2
+    assert eight_ranks.largest_micro_batch(TINY, 32, 8, False, 1000) == 0
 
 
 @pytest.mark.interpreter
