@@ -36,6 +36,7 @@ from xiangxin_fast.errors import InputError, exits_cleanly, one_line_complaints
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
 GPUS_PER_NODE = 8
+LEFT_OUT = "Left out: clocks under sustained load, gaps between launches, loading, saving. Expect less, not more."
 LINK_SHARE = 0.8  # of one direction of NVLink: nccl-tests reach about 235 of an A100's 300 GB/s
 DAY = 86_400
 
@@ -349,7 +350,8 @@ def show(plan: Plan, console: Console) -> None:
     with console.status("tracing one rank's memory"):
         found = memory(plan)
     console.print(_memory_table(plan, found), "")
-    console.print(_time_table(plan, step(plan)), "")
+    console.print(_time_table(plan, step(plan)))
+    console.print(f"{LEFT_OUT}\n", highlight=False)
     console.print(claim(), highlight=False)
 
 
