@@ -221,6 +221,9 @@ def parallel_block(
     w_in, w_out = (dequantize(w, x.dtype) if isinstance(w, QuantizedWeight) else w for w in (w_in, w_out))
     weights = (ln_w, ln_b, w_in, b_in, w_out, b_out)
     check_dtypes("parallel_block", x=x, ln_w=ln_w, ln_b=ln_b, w_in=w_in, b_in=b_in, w_out=w_out, b_out=b_out)
+    for name, table in (("cos", cos), ("sin", sin)):
+        check(table.dtype == torch.float32, f"parallel_block: expected {name} in torch.float32, got {table.dtype}")
+    cos, sin = cos.contiguous(), sin.contiguous()
     if cache is not None:
         return _prefill(x, *weights, cos, sin, heads, eps, cache, q_start)
     return _ParallelBlock.apply(x, *weights, cos, sin, bounds, heads, eps, recompute)

@@ -363,17 +363,21 @@ def test_limits_of_the_kernels_are_said(q, words):
 
 @needs_compiler
 def test_a_full_tile_issues_matrix_work_for_80_columns_and_no_more():
-    from bench import static
+    """In every loop, so that each product is on tensor cores; on sm_90 it is HGMMA's."""
+    from bench import sass, static, static_compile
 
-    rows = static.rows_of(static.examine(static.jobs_of("attention"), progress=False))
-    assert len(rows) == 16
-    for row in rows:
-        issued = 0
-        for name, count in row.tensor.items():  # HMMA.16816 of each warp, HGMMA.64x128x16 of each four
-            m, n, k = map(int, name.split(".")[1].split("x")) if "x" in name else (16, 8, 16)
-            issued += 2 * m * n * k * count * row.warps // (1 if name.startswith("HMMA") else 4)
-        products = {"fwd": 2, "dq": 3, "dkv": 4}[row.kernel.split("_")[-2]]
-        assert issued == products * 2 * row.config["block_m"] * row.config["block_n"] * 80, f"{row.case} sm_{row.arch}"
+    for job, made in static_compile.compile_all(static.jobs_of("attention")).items():
+        part = job.case.rpartition("_")[2].rpartition("/")[2]
+        for compiled in made:
+            loops = sass.hot_loops(sass.parse(compiled.sass).instructions)
+            assert len(loops) == 2 + ("packed" in job.case)
+            for number, loop in enumerate(loops):
+                counts, tile = sass.count(loop), compiled.numbers["BLOCK_M"] * compiled.numbers["BLOCK_N"]
+                if part == "fwd" and number == len(loops) - 1:
+                    tile = compiled.numbers["BLOCK_M"] * compiled.numbers["DIAGONAL_N"]
+                products = {"fwd": 2, "dq": 3, "dkv": 4}[part]
+                assert counts.flops * compiled.threads // 32 == products * 2 * tile * 80, f"{job}, loop {number}"
+                assert {name[:5] for name in counts.tensor} == {"HMMA." if job.arch == 80 else "HGMMA"}, str(job)
 
 
 @needs_compiler

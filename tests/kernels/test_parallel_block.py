@@ -168,6 +168,19 @@ def test_the_row_order_of_w_in_makes_it_rotate_half_attention():
     torch.testing.assert_close(parallel_block_ref(**inputs, heads=H), expected, rtol=0, atol=1e-12)
 
 
+def test_tables_of_any_strides():
+    inputs = block_inputs(1, 9, 2, 16, 8, 40)
+    strided = {name: inputs[name].t().contiguous().t() for name in ("cos", "sin")}
+    assert_same_bits(run(inputs | strided, 2), run(inputs, 2), what="strides of cos, sin")
+
+
+@only_triton
+def test_tables_in_another_dtype_are_refused():
+    inputs = block_inputs(1, 9, 2, 16, 8, 40, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"parallel_block: expected sin in torch.float32, got torch.bfloat16"):
+        parallel_block(**inputs | {"sin": inputs["sin"].bfloat16()}, heads=2)
+
+
 def test_two_runs_give_the_same_bits():
     inputs = block_inputs(1, 37, 2, 16, 8, 40, torch.bfloat16)
     assert_repeatable(lambda: run(inputs, 2))
