@@ -55,7 +55,8 @@ def test_a_wrong_cache_would_be_noticed(wrong, monkeypatch):
         if wrong == "position":
             return decode(self, tokens, cache, positions - 1, slots)
         if wrong == "slot":
-            cache.k[:, 0], cache.v[:, 0] = cache.k[:, 1].roll(1, 2), cache.v[:, 1]  # another head's keys
+            if positions == 5:
+                cache.k[:, 0], cache.v[:, 0] = cache.k[:, 1] * 1.01, cache.v[:, 1]
             return decode(self, tokens, cache, positions, slots - 1)
         logits = decode(self, tokens, cache, positions, slots)
         cache.k[:, 1, positions] *= 1.01
