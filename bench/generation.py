@@ -1,131 +1,96 @@
-"""Prefill and decode beside transformers' `generate`, on the same weights, greedy, in turns.
+"""Prefill and decode, in bf16 and with rounded weights, beside transformers' `generate` on the same weights.
 
-A decode step's time is the difference between a long and a short generation over the tokens between them; what a step
-must read is every weight but the embedding and the filled part of the cache.
+The measuring is that of `python -m xiangxin_fast.generate --benchmark`. A decode step must read every weight but the
+embedding and the filled part of the cache; the share of the copy bandwidth counts these bytes and no others.
 """
 
 import functools
+from dataclasses import replace
 
-import torch
-from torch import nn
-
-from xiangxin_fast.generator import Generator
+from xiangxin_fast.benchmark import Contender, Measured, measure, ours, random_model, transformers
+from xiangxin_fast.config import PhiConfig
 from xiangxin_fast.model import Phi
+from xiangxin_fast.quantization import quantize_model
 
 from .case import Unavailable, layer_weights
 from .hugging_face import causal_lm
-from .measure import Turn, interleaved
-from .train_step import random_model
+from .measure import Timing, assert_alive
+
+ROUNDS = 20
+ROUNDED = ("int8", "int4")
 
 
-def _ours(generator: Generator, prompts: list[list[int]], new_tokens: int) -> Turn:
-    def turn(start) -> None:
-        start()
-        out = generator.generate(prompts, max_new_tokens=new_tokens, temperature=0, stop_ids=())
-        assert all(len(tokens) == new_tokens for tokens in out)
-
-    return turn
-
-
-def _transformers(hf: nn.Module, prompts: list[list[int]], new_tokens: int, **options) -> Turn:
-    tokens = torch.tensor(prompts, device=hf.device)
-    mask = torch.ones_like(tokens)
-
-    def turn(start) -> None:
-        start()
-        out = hf.generate(tokens, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, **options)
-        assert out.shape[1] == tokens.shape[1] + new_tokens
-
-    return turn
-
-
-def _bytes_per_step(model: Phi, rows: int, positions: float) -> float:
-    config = model.config
-    weights = sum(p.numel() for p in model.parameters()) - model.embed.numel()
-    cache = 2 * config.layers * config.channels * rows * positions
-    return model.embed.element_size() * (weights + cache)
-
-
-def _prefill_flops(work, tokens: int) -> float:
-    config = work.shape.config
+def prefill_flops(config: PhiConfig, tokens: int) -> float:
+    """FLOPs to the first token of a prompt: matrix products, causal half of the attention, the head for one token."""
     scores = 2.0 * config.channels * tokens**2 * config.layers
     return 2.0 * tokens * config.layers * layer_weights(config) + scores + 2.0 * config.vocab * config.channels
 
 
-class Pair:
-    """Our model and transformers' on the same weights, made when first asked for; `hf` is None where it is absent."""
+class Contenders:
+    """Our model in bf16 and rounded, and transformers' on the same weights; made when first asked for."""
 
-    def __init__(self, work):
-        self._work = work
-
-    @functools.cached_property
-    def ours(self) -> Phi:
-        return random_model(self._work.shape.config, self._work.device, self._work.dtype).requires_grad_(False)
+    def __init__(self, work, rows: int):
+        self._work, self._rows = work, rows
 
     @functools.cached_property
-    def hf(self) -> nn.Module | None:
+    def plain(self) -> dict[str, Contender]:
+        """In bf16; without transformers where it is absent."""
+        model = self._model()
+        found = {}
         try:
-            hf = causal_lm(self.ours).eval().requires_grad_(False)
+            hf = causal_lm(model).eval().requires_grad_(False)
+            found["transformers"] = transformers(hf, model.config)
         except Unavailable as error:
             self._work.emit({"kind": "skip", "provider": "transformers", "reason": str(error)})
-            return None
-        hf.generation_config.eos_token_id, hf.generation_config.pad_token_id = None, 0
-        return hf
+        return {"ours": ours(model, self._rows)} | found
+
+    @functools.cached_property
+    def rounded(self) -> dict[str, Contender]:
+        return {f"ours, {kind}": ours(quantize_model(self._model(), kind), self._rows) for kind in ROUNDED}
+
+    def _model(self) -> Phi:
+        config = self._work.shape.config
+        if self._work.dry_run:  # the tiny shape has odd widths, and weights of 4 bits come in groups
+            config = replace(config, channels=160, heads=2, mlp_hidden=320)
+        return random_model(config, self._work.device, self._work.dtype)
 
 
-def _prompts(work, rows: int, tokens: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(rows)
-    return torch.randint(work.shape.config.vocab, (rows, tokens), generator=generator).tolist()
-
-
-def _timed(work, turns: dict[str, Turn], share: float) -> dict:
-    seconds = 0.0 if work.dry_run else work.left * share
-    timings, failed = interleaved(turns, work.device, seconds, flush=False)
+def _measured(work, contenders: dict[str, Contender], share: float, **size) -> dict[str, Measured]:
+    rounds, seconds = (1, 0.0) if work.dry_run else (ROUNDS, work.left * share)
+    found, failed = measure(contenders, **size, rounds=rounds, seconds=seconds)
     for name, reason in failed.items():
-        work.emit({"kind": "error", "item": name, "reason": reason[:500]})
-    return timings
+        work.emit({"kind": "error", "provider": name, "item": str(size), "reason": reason[:500]})
+    assert_alive(work.device)
+    return found
 
 
-def bench_prefill(work, pair: Pair) -> None:
+def _record(provider: str, what: str, rows: int, seconds: list[float], tokens: int) -> dict:
+    timing = Timing.of([1e3 * value for value in seconds])
+    record = {"kind": "generate", "provider": provider, "what": what, "rows": rows}
+    record |= {"ms": timing.median, "p20": timing.p20, "p80": timing.p80, "rounds": timing.rounds}
+    return record | {"tokens_per_s": tokens / timing.median * 1e3}
+
+
+def bench_prefill(work, contenders: Contenders) -> None:
     """Seconds to the first token of a long prompt."""
     tokens = 9 if work.dry_run else 1920
-    prompts = _prompts(work, 1, tokens)
-    turns = {"ours": _ours(Generator(pair.ours), prompts, 1)}
-    if pair.hf is not None:
-        turns["transformers"] = _transformers(pair.hf, prompts, 1)
-    for name, timing in _timed(work, turns, 0.15).items():
-        record = {"kind": "generate", "provider": name, "what": f"prefill of {tokens}", "rows": 1}
-        record |= {"ms": timing.median, "p20": timing.p20, "p80": timing.p80, "rounds": timing.rounds}
-        record["tokens_per_s"] = tokens / timing.median * 1e3
+    found = _measured(work, contenders.plain, 0.15, rows=1, prompt_tokens=tokens, new_tokens=1)
+    for name, measured in found.items():
+        record = _record(name, f"prefill of {tokens}", 1, [turn.first for turn in measured.turns], tokens)
         if work.ceilings:
-            reached = _prefill_flops(work, tokens) / timing.median * 1e3
+            reached = prefill_flops(work.shape.config, tokens) / measured.first.median
             record["percent"] = 100 * reached / work.ceilings.matmul_flops_per_s
         work.emit(record)
 
 
-def bench_decode(work, pair: Pair, rows: int) -> None:
-    """Seconds of a decode step of `rows` sequences."""
-    prompt, short, long = (5, 1, 3) if work.dry_run else (512, 1, 33)
-    prompts = _prompts(work, rows, prompt)
-    generator = Generator(pair.ours, rows=rows)
-    turns = {}
-    for new_tokens in (short, long):
-        turns[f"ours {new_tokens}"] = _ours(generator, prompts, new_tokens)
-        if pair.hf is not None:
-            turns[f"transformers {new_tokens}"] = _transformers(pair.hf, prompts, new_tokens)
-    timings = _timed(work, turns, 0.25)
-    for name in ("ours", "transformers"):
-        brief, full = timings.get(f"{name} {short}"), timings.get(f"{name} {long}")
-        if not brief or not full:
-            continue
-        steps = long - short
-        spread = [(a - b) / steps for a, b in ((full.p20, brief.median), (full.p80, brief.median))]
-        per_step = (full.median - brief.median) / steps
-        record = {"kind": "generate", "provider": name, "what": f"decode after {prompt}", "rows": rows}
-        record |= {"ms": per_step, "p20": spread[0], "p80": spread[1], "rounds": full.rounds}
-        if per_step > 0:
-            record["tokens_per_s"] = rows / per_step * 1e3
-            if work.ceilings:
-                moved = _bytes_per_step(pair.ours, rows, prompt + (short + long) / 2) / per_step * 1e3
-                record["percent"] = 100 * moved / work.ceilings.copy_bytes_per_s
+def bench_decode(work, contenders: Contenders, rows: int) -> None:
+    """Seconds of a decode step of `rows` sequences; with rounded weights too for one and a few."""
+    prompt, new_tokens = (5, 3) if work.dry_run else (512, 64)
+    who = contenders.plain | (contenders.rounded if rows <= 8 else {})
+    found = _measured(work, who, 0.3, rows=rows, prompt_tokens=prompt, new_tokens=new_tokens)
+    for name, measured in found.items():
+        steps = [turn.step for turn in measured.turns]
+        record = _record(name, f"decode after {prompt}", rows, steps, rows)
+        if work.ceilings:
+            record["percent"] = 100 * measured.bytes_per_s(who[name]) / work.ceilings.copy_bytes_per_s
         work.emit(record)

@@ -151,10 +151,11 @@ def train_peer(work: Work) -> None:
 
 
 def generate(work: Work) -> None:
-    pair = generation.Pair(work)
-    work.item("prefill", generation.bench_prefill, work, pair)
-    for rows in (1, 2) if work.dry_run else (1, 8, 32):
-        work.item(f"decode, {rows} rows", generation.bench_decode, work, pair, rows)
+    sizes = (1, 2) if work.dry_run else (1, 8, 32)
+    contenders = generation.Contenders(work, max(sizes))
+    work.item("prefill", generation.bench_prefill, work, contenders)
+    for rows in sizes:
+        work.item(f"decode, {rows} rows", generation.bench_decode, work, contenders, rows)
 
 
 def decode(work: Work) -> None:

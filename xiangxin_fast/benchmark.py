@@ -6,6 +6,7 @@ tokens: from the call to the arrival of each token on the host.
 """
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -177,13 +178,20 @@ def measure(
     prompt_tokens: int,
     new_tokens: int,
     rounds: int,
+    seconds: float = math.inf,
     after_turn: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Measured], dict[str, str]]:
-    """Lets `contenders` take turns on random prompts; what each took, and for those that could not run the reason."""
+    """Lets `contenders` take turns on random prompts; what each took, and for those that could not run the reason.
+
+    After a round that warms up come `rounds`, or as many as begin within `seconds`, but one at least.
+    """
     turns: dict[str, list[Turn]] = {name: [] for name in contenders}
     config = next(iter(contenders.values())).config
     failed: dict[str, str] = {}
+    begin = time.perf_counter()
     for index in range(rounds + 1):
+        if index > 1 and time.perf_counter() - begin > seconds:
+            break
         prompts = random_prompts(config, rows, prompt_tokens, seed=index)
         for name in sorted(contenders, reverse=index % 2 == 1):
             if name not in failed:
