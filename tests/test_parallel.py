@@ -101,8 +101,7 @@ def test_world_size_one_two_four_one(place, straight, tmp_path):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_evaluation_is_that_of_one_rank_and_of_the_newest_weights(place, tmp_path, size):
-    """Incidents: litgpt#2319 (a rank without validation samples waits for ever); parameters gathered before an update
-    that outlive it."""
+    """Incident: litgpt#2319, a rank without validation samples waits for ever."""
     config = config_of(place, tmp_path / "run", validation_samples=5, micro_batch=1)
     expected = rank_jobs.evaluated(config)
     for found in ranks.run(size, rank_jobs.evaluated, config):

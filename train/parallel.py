@@ -182,7 +182,7 @@ def sum_gradients_now(model: nn.Module, now: bool) -> None:
 
 
 def forget_gathered(model: nn.Module) -> None:
-    """Frees parameters that a forward without backward left gathered; they would outlive the next update."""
+    """Frees parameters that a forward without backward left gathered: they stand in the model instead of its own."""
     for module in _sharded_modules(model):
         module.reshard()
 
