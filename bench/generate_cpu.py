@@ -1,11 +1,13 @@
-"""Generation on a CPU beside transformers' `generate`: the same random weights, the two taking turns.
+"""Generation on a CPU beside transformers' `generate`: the same random weights, all of them taking turns.
 
-The peer shares storage with our model wherever the layouts allow (its q, k, v and fc1 weights are rows of our w_in, in
-another order, which changes values and not speed), so that 2.78 B parameters in fp32 fit twice into 16 GB; its dense
-and fc2 weights, columns of our w_out, get memory of their own: the peer is never slowed.
+A phase has transformers in one dtype, our model in that dtype, and our model with rounded weights. In fp32 the peer
+shares storage with ours wherever the layouts allow (its q, k, v and fc1 weights are rows of our w_in, in another order,
+which changes values and not speed), so that 2.78 B parameters fit twice into 16 GB; its dense and fc2 weights, columns
+of our w_out, get memory of their own: the peer is never slowed. In bf16 our generator lays its weights out anew.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -20,6 +22,10 @@ from bench.measure import environment
 from xiangxin_fast.config import PhiConfig
 from xiangxin_fast.generator import Generator
 from xiangxin_fast.model import Phi
+from xiangxin_fast.quantization import place, quantization_of, rounded
+
+# What takes turns with transformers in each dtype.
+PHASES = {"bfloat16": ("bfloat16", "int8", "int4"), "float32": ("float32", "int8")}
 
 
 def build_pair(config: PhiConfig, dtype: torch.dtype) -> tuple[Phi, nn.Module]:
@@ -73,9 +79,19 @@ def build_pair(config: PhiConfig, dtype: torch.dtype) -> tuple[Phi, nn.Module]:
         }
     tensors = {f"{name}.weight": weight for name, (weight, _) in state.items()}
     tensors |= {f"{name}.bias": bias for name, (_, bias) in state.items() if bias is not None}
-    peer.load_state_dict(tensors, assign=True)
+    # Detached: our parameters change their layout, their memory does not.
+    peer.load_state_dict({name: values.detach() for name, values in tensors.items()}, assign=True)
     peer.model.rotary_emb = PhiRotaryEmbedding(peer_config)
     return ours, peer.eval()
+
+
+def rounded_copy(model: Phi, kind: str) -> Phi:
+    """`model` with its matrices rounded to `kind`, the rest shared where it is in bf16 already."""
+    copy = Phi(model.config, "meta", torch.bfloat16)
+    parameters = ((name, values.detach().bfloat16()) for name, values in model.named_parameters())
+    for name, value in rounded(parameters, quantization_of(kind, model.config)):
+        place(copy, name, value)
+    return copy.requires_grad_(False)
 
 
 class _Timestamps:
@@ -118,15 +134,17 @@ def _summary(seconds: list[float]) -> dict[str, float]:
 
 
 def measure(
-    ours: Phi, peer: nn.Module, *, prompt_tokens: int, new_tokens: int, rounds: int, seed: int = 0
-) -> dict[str, object]:
-    """Times `rounds` turns of each, in alternating order: seconds to the first token, and for each token after it."""
-    generator = Generator(ours)
-    ids = torch.randint(ours.config.vocab, (prompt_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
-    turns = {
-        "xiangxin_fast": lambda: _run_ours(generator, ids, new_tokens),
-        "transformers": lambda: _run_peer(peer, ids, new_tokens),
-    }
+    ours: dict[str, Phi], peer: nn.Module, *, prompt_tokens: int, new_tokens: int, rounds: int, seed: int = 0
+) -> list[dict[str, object]]:
+    """Times `rounds` turns of each, in alternating order: seconds to the first token, and for each token after it.
+
+    One result for each of `ours`, which are named by what their weights are; the peer's figures are in all of them.
+    """
+    generators = {name: Generator(model) for name, model in ours.items()}
+    config = next(iter(ours.values())).config
+    ids = torch.randint(config.vocab, (prompt_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+    turns = {name: functools.partial(_run_ours, generator, ids, new_tokens) for name, generator in generators.items()}
+    turns["transformers"] = functools.partial(_run_peer, peer, ids, new_tokens)
     first: dict[str, list[float]] = {name: [] for name in turns}
     decode: dict[str, list[float]] = {name: [] for name in turns}
     load = []
@@ -138,30 +156,30 @@ def measure(
                 gaps = [b - a for a, b in itertools.pairwise(at)]
                 first[name].append(gaps[0])
                 decode[name] += gaps[1:]
-    result: dict[str, object] = {
-        "dtype": str(ours.embed.dtype).removeprefix("torch."),
-        "parameters": ours.config.parameters,
+    common = {
+        "parameters": config.parameters,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "rounds": rounds,
         "load_average": load,
     }
-    for what, samples in (("first_token", first), ("decode", decode)):
-        if samples["transformers"]:
-            figures = {name: _summary(seconds) for name, seconds in samples.items()}
-            ratios = {
-                f"speedup_{key}": figures["transformers"][f"{key}_s"] / figures["xiangxin_fast"][f"{key}_s"]
-                for key in ("median", "min")
-            }
-            result[what] = figures | ratios
-    return result
+    results = []
+    for name in ours:
+        result = {"dtype": name, "peer_dtype": str(peer.dtype).removeprefix("torch.")} | common
+        for what, samples in (("first_token", first), ("decode", decode)):
+            if samples[name]:
+                mine, theirs = _summary(samples[name]), _summary(samples["transformers"])
+                ratios = {f"speedup_{key}": theirs[f"{key}_s"] / mine[f"{key}_s"] for key in ("median", "min")}
+                result[what] = {"xiangxin_fast": mine, "transformers": theirs} | ratios
+        results.append(result)
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="xiangxin-3b")
     parser.add_argument("--layers", type=int, help="fewer layers than the preset's, for a quick look")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--dtypes", nargs="+", default=[*PHASES], choices=PHASES)
     parser.add_argument("--decode", type=int, nargs=3, default=[32, 9, 8], metavar=("PROMPT", "NEW", "ROUNDS"))
     parser.add_argument("--prefill", type=int, nargs=2, default=[512, 3], metavar=("PROMPT", "ROUNDS"))
     parser.add_argument("--out", type=Path)
@@ -169,20 +187,23 @@ def main() -> None:
     config = PhiConfig.from_preset(arguments.preset)
     if arguments.layers:
         config = PhiConfig(**{**vars(config), "layers": arguments.layers})
-    results = []
+    everything = []
     for dtype in arguments.dtypes:
-        ours, peer = build_pair(config, getattr(torch, dtype))
+        results = []
+        model, peer = build_pair(config, getattr(torch, dtype))
+        ours = {name: model if name == dtype else rounded_copy(model, name) for name in PHASES[dtype]}
         prompt, new, rounds = arguments.decode
         if rounds:
-            results.append(measure(ours, peer, prompt_tokens=prompt, new_tokens=new, rounds=rounds))
-            print(json.dumps(results[-1]), flush=True)
+            results += measure(ours, peer, prompt_tokens=prompt, new_tokens=new, rounds=rounds)
         prompt, rounds = arguments.prefill
         if rounds:
-            results.append(measure(ours, peer, prompt_tokens=prompt, new_tokens=1, rounds=rounds))
-            print(json.dumps(results[-1]), flush=True)
-        del ours, peer
+            results += measure(ours, peer, prompt_tokens=prompt, new_tokens=1, rounds=rounds)
+        for result in results:
+            print(json.dumps(result), flush=True)
+        everything += results
+        del model, ours, peer
     if arguments.out:
-        record = {"environment": environment(torch.device("cpu")), "results": results}
+        record = {"environment": environment(torch.device("cpu")), "results": everything}
         arguments.out.write_text(json.dumps(record, indent=2) + "\n")
 
 
