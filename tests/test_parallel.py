@@ -4,6 +4,9 @@ import dataclasses
 import json
 import math
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,17 @@ import pytest
 import torch
 
 from tests import rank_jobs, ranks
-from tests.training import SHAPE, config_of, losses_of, make_place, random_batch
+from tests.training import (
+    ONE_THREAD,
+    ROOT,
+    SHAPE,
+    command_of,
+    config_of,
+    events_of,
+    losses_of,
+    make_place,
+    random_batch,
+)
 from train import loop, parallel
 from train.config import TrainConfig
 from train.loop import train
@@ -192,3 +205,21 @@ def test_what_fails_on_one_rank_is_told_to_all(place):
     with pytest.raises(InputError, match="this one"):
         parallel.Team().together(fails)
     assert parallel.Team().first(lambda: {"a": [1]}) == {"a": [1]}
+
+
+@pytest.mark.slow
+def test_two_torchruns_on_two_nodes_train_one_model(straight, tmp_path):
+    """Nodes are two launchers on this machine that meet at a port; each holds a replica."""
+    config = dataclasses.replace(straight, out=tmp_path / "run", check_replicas=5)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "train" / "run.py")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    nodes = [subprocess.Popen([*command, *command_of(config)], env=ONE_THREAD, cwd=tmp_path, **pipes) for _ in range(2)]
+    said = [node.communicate(timeout=240) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert sorted(out.count("Finished at step 20") for out, _ in said) == [0, 1], "rank 0 speaks for all"
+    assert events_of(config, "start")[0]["ranks"] == 2
+    expected, found = ([float.fromhex(loss) for _, loss, _ in losses_of(c)] for c in (straight, config))
+    assert found == pytest.approx(expected, rel=1e-6)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training import ONE_THREAD, ROOT, SHAPE, command_of, config_of, losses_of, make_place, random_batch
+from tests.training import ONE_THREAD, ROOT, SHAPE, config_of, losses_of, make_place, random_batch
 from train import checkpoint, loop
 from train.config import TrainConfig, parse
 from train.data import IGNORED, TokenDataset
@@ -211,16 +211,6 @@ def test_failing_sink_is_reported_once_and_training_goes_on(place, tmp_path, mon
     assert train(config).finished
     assert capsys.readouterr().err.count("No space left on device") == 1
     assert len(losses_of(config)) == 4
-
-
-def test_torchrun_with_one_process_trains(place, tmp_path):
-    config = config_of(place, tmp_path / "run", steps=1)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", RUN[1]]
-    done = subprocess.run(
-        [*launch, *command_of(config)], env=ONE_THREAD, cwd=tmp_path, timeout=120, capture_output=True
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    assert len(losses_of(config)) == 1
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,15 @@ class TrainConfig:
     """Pretrain a Phi model, or train a checkpoint further, on token shards made by train/prepare.py.
 
     Example: python train/run.py --preset demo --data demo/shards --out runs/first --lr 1e-3
+
+    On eight GPUs: torchrun --nproc_per_node=8 --max-restarts=3 train/run.py --preset xiangxin-3b --data DIR --out DIR
+
     What a run would need, without one: python train/run.py --plan --help
 
-    The run directory gets config.json, environment.json, metrics.jsonl (one line per step), tb/ (TensorBoard),
-    checkpoints/ and, at the end, model/: a Hugging Face directory. The same command again goes on where it stopped;
-    Ctrl-C or SIGTERM finishes the step and saves first.
+    The run directory gets config.json, environment.json, metrics.jsonl (one line per step), events.jsonl (skipped
+    updates, spikes, saves, ...), tb/ (TensorBoard), checkpoints/ and, at the end, model/: a Hugging Face directory. The
+    same command again goes on where it stopped, on any number of GPUs; Ctrl-C or SIGTERM finishes the step and saves
+    first. On several nodes all must see --data and --out.
     """
 
     preset: Literal["demo", "xiangxin-3b"]

@@ -56,6 +56,7 @@ class Outcome:
     step: int
     finished: bool  # False: interrupted and saved; the same call goes on
     model: Path  # the Hugging Face directory, there once the run is finished
+    rank: int = 0  # of this process: the first speaks for all
 
 
 def train(config: TrainConfig) -> Outcome:
@@ -162,7 +163,7 @@ class _Run:
             if self.stopping:
                 self._finish_saving()
                 self.log.event("stop", step)
-                return Outcome(step, False, out)
+                return Outcome(step, False, out, self.ranks.rank)
             if validates:
                 self.stopping = not self._validate(progress)
                 continue
@@ -175,7 +176,7 @@ class _Run:
         self._finish_saving()
         self._export(out)
         self.log.event("finish", step)
-        return Outcome(step, True, out)
+        return Outcome(step, True, out, self.ranks.rank)
 
     def _stand_at(self, position) -> None:
         """Makes `position`, whose tensors are there, the one to go on from."""

@@ -1,5 +1,6 @@
 """Entry point of training: `python train/run.py --help`, or under `torchrun --nproc_per_node=8 train/run.py`."""
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -26,10 +27,15 @@ def main() -> None:
         outcome = train(config)
     except KeyboardInterrupt:
         sys.exit("interrupted before the first step: nothing to save")
+    if outcome.rank > 0:
+        return
     if outcome.finished:
         print(f"Finished at step {outcome.step}: the model is {outcome.model}")
     else:
-        print(f"Saved at step {outcome.step}. To go on: {shlex.join(['python', *sys.argv])}")
+        command = (
+            "the same torchrun command" if "TORCHELASTIC_RUN_ID" in os.environ else shlex.join(["python", *sys.argv])
+        )
+        print(f"Saved at step {outcome.step}. To go on: {command}")
 
 
 if __name__ == "__main__":
