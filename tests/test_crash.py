@@ -274,6 +274,7 @@ def test_checkpoint_is_there_before_the_validation_that_fails(place, tmp_path, m
     assert checkpoint.newest_valid(config.out / "checkpoints")[1]["step"] == 3
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_and_the_run_goes_on(place, uninterrupted, tmp_path):
     """A rank dies in the third save; torchrun starts both again, and the end has the same bits."""
     config = settings(place, tmp_path / "run")
