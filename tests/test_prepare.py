@@ -1,4 +1,4 @@
-"""prepare.py, from raw text to shards: all of a good record is kept, nothing of a bad one, and memory stays flat."""
+"""prepare.py, from raw text to shards: what is kept comes back exactly, and how a run went does not show in bytes."""
 
 import functools
 import json
@@ -7,14 +7,17 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train import corpus, prepare
-from train.corpus import MAX_RECORD_BYTES, Corpus, Document, Reject
+from bench.corpus import write_corpus
+from train import prepare
+from train.corpus import pipeline, tokens
+from train.corpus.normalize import normalize
 from train.shards import SPLITS, Manifest, Shard
 from xiangxin_fast.errors import InputError
 from xiangxin_fast.tokenizer import END_OF_TEXT, Tokenizer
@@ -23,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMON = (
     "的一是了我不人在他有这个上们来到时大地为子中你说生国年着就那和要她出也得里后自以会家可下而过天去能对小多然于心学"
 )
+RAW = {"normalize": False, "filters": False, "exact_duplicates": False, "near_duplicates": False, "workers": 1}
 
 
 @functools.cache
@@ -60,250 +64,155 @@ def kept(directory: Path, split: str) -> list[str]:
     return texts
 
 
-def rejects(directory: Path) -> list[tuple[str, int, str]]:
-    lines = (directory / "rejects.jsonl").read_text(encoding="utf-8").splitlines()
-    return [tuple(json.loads(line).values()) for line in lines]
+def bytes_of(directory: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
 
 
-def read(*inputs: Path, key: str | None = None) -> tuple[list[str], list[tuple[str, int, str]]]:
-    items = list(Corpus(list(inputs), key))
-    texts = [item.text for item in items if isinstance(item, Document)]
-    return texts, [(Path(item.file).name, item.line, item.reason) for item in items if isinstance(item, Reject)]
-
-
-class TestJsonl:
-    @pytest.mark.parametrize("key", corpus.TEXT_KEYS)
-    def test_usual_keys_are_found(self, tmp_path, key):
-        file = write_jsonl(tmp_path / "a.jsonl", [{"id": 1, "title": "题", key: "正文一"}, {"id": 2, key: "正文二"}])
-        assert read(file) == (["正文一", "正文二"], [])
-
-    def test_order_of_the_keys(self, tmp_path):
-        file = write_jsonl(tmp_path / "a.jsonl", [{"正文": "否", "content": "是", "data": "否"}])
-        assert read(file)[0] == ["是"]
-
-    def test_the_key_of_a_file_is_the_one_of_its_first_text(self, tmp_path):
-        records = [{"id": 1}, {"content": "甲"}, {"text": "乙", "content": "丙"}, {"text": "丁"}]
-        file = write_jsonl(tmp_path / "a.jsonl", records)
-        texts, rejected = read(file)
-        assert texts == ["甲", "丙"]
-        assert [(line, reason) for _, line, reason in rejected] == [
-            (1, f"no text under any of {', '.join(corpus.TEXT_KEYS)}"),
-            (4, "no key 'content'"),
-        ]
-
-    def test_a_given_key_wins(self, tmp_path):
-        file = write_jsonl(tmp_path / "a.jsonl", [{"text": "否", "answer": "是"}])
-        assert read(file, key="answer") == (["是"], [])
-
-    def test_bad_records_are_named_and_the_others_kept(self, tmp_path):
-        records = [
-            {"text": "一"},
-            b'{"text": "\xff"}',
-            b'{"text": "cut',
-            b'["a"]',
-            {"text": None},
-            {"text": ["a"]},
-            {"text": " \n\u3000"},
-            {"other": "a"},
-            b'{"text": "\\ud83d"}',
-            b'{"text": "a\x01b"}',
-            b'{"text": "b", "n": ' + b"9" * 5000 + b"}",
-            b'{"a":' * 100_000,
-            b"",
-            b'{"text": "\\ud83d\\ude00"}',
-            '{"text": "二\u2028三\u0085"}\r'.encode(),
-        ]
-        texts, rejected = read(write_jsonl(tmp_path / "a.jsonl", records))
-        assert texts == ["一", "😀", "二\u2028三\u0085"]
-        reasons = ["not UTF-8", "not JSON", "not a JSON object", "'text' is not a string", "'text' is not a string"]
-        reasons += ["empty text", "no key 'text'", "lone surrogate", "not JSON", "not JSON", "not JSON"]
-        assert rejected == [("a.jsonl", line, reason) for line, reason in enumerate(reasons, 2)]
-
-    def test_byte_order_mark_and_a_last_line_without_end(self, tmp_path):
-        (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}')
-        assert read(tmp_path / "a.jsonl") == (["a", "b"], [])
-
-    @pytest.mark.parametrize("ending", [b"\n", b""])
-    def test_a_gigantic_line_is_one_reject(self, tmp_path, ending):
-        gigantic = b'{"text": "' + b"x" * MAX_RECORD_BYTES * 2 + b'"}'
-        (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + gigantic + ending)
-        with (tmp_path / "a.jsonl").open("ab") as stream:
-            stream.write(b'{"text": "b"}\n' if ending else b"")
-        assert read(tmp_path / "a.jsonl") == (["a", "b"] if ending else ["a"], [("a.jsonl", 2, "over 16 MiB")])
-
-    def test_a_line_of_just_the_limit_is_kept(self, tmp_path):
-        text = "x" * (MAX_RECORD_BYTES - len('{"text": ""}\n'))
-        write_jsonl(tmp_path / "a.jsonl", [{"text": text}, {"text": text + "x"}])
-        texts, rejected = read(tmp_path / "a.jsonl")
-        assert texts == [text]
-        assert rejected == [("a.jsonl", 2, "over 16 MiB")]
-
-
-class TestTxt:
-    def test_blank_lines_separate_documents(self, tmp_path):
-        (tmp_path / "a.txt").write_bytes("\ufeff\n\n　甲\r\n乙 \n\n \u3000\n\n丙\u2028丁\n".encode())
-        assert read(tmp_path / "a.txt") == (["　甲\n乙 ", "丙\u2028丁"], [])
-
-    def test_a_document_with_a_bad_line_is_left_out_whole(self, tmp_path):
-        (tmp_path / "a.txt").write_bytes(b"a\nb\xff\nc\xff\nd\n\ne\n\n\xff")
-        assert read(tmp_path / "a.txt") == (["e"], [("a.txt", 2, "not UTF-8"), ("a.txt", 8, "not UTF-8")])
-
-    def test_an_endless_document_is_one_reject(self, tmp_path):
-        (tmp_path / "a.txt").write_bytes(b"a\n\n" + (b"x" * 999 + b"\n") * (MAX_RECORD_BYTES // 500) + b"\nb\n")
-        texts, rejected = read(tmp_path / "a.txt")
-        assert texts == ["a", "b"]
-        assert [(name, reason) for name, _, reason in rejected] == [("a.txt", "over 16 MiB")]
-
-    def test_empty_files_have_no_documents(self, tmp_path):
-        for name in ("a.txt", "b.jsonl"):
-            (tmp_path / name).write_bytes(b"")
-        assert read(tmp_path) == ([], [])
-
-
-class TestInputs:
-    def test_directories_are_searched_in_a_fixed_order(self, tmp_path):
-        (tmp_path / "b").mkdir()
-        for name in ("b/z.txt", "b/a.jsonl", "c.txt", "a.txt", "ignored.csv"):
-            (tmp_path / name).write_text('{"text": "x"}')
-        files = [str(file.relative_to(tmp_path)) for file in Corpus([tmp_path, tmp_path / "a.txt"]).files]
-        assert files == ["a.txt", "b/a.jsonl", "b/z.txt", "c.txt"], "sorted, and none twice"
-
-    def test_a_file_that_cannot_be_read_is_a_reject(self, tmp_path):
-        (tmp_path / "a.txt").write_text("a")
-        (tmp_path / "b.txt").write_text("b")
-        found = Corpus([tmp_path])
-        (tmp_path / "a.txt").unlink()
-        items = list(found)
-        assert [type(item) for item in items] == [Reject, Document]
-        assert (items[0].line, items[0].reason) == (0, "cannot be read: No such file or directory")
-        assert found.barren == [tmp_path / "a.txt"]
-
-    def test_progress_ends_at_the_total(self, tmp_path):
-        write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}] * 3)
-        (tmp_path / "b.txt").write_text("a\n\nb\n")
-        found = Corpus([tmp_path])
-        seen = [found.read_bytes for _ in found]
-        assert seen == sorted(set(seen)), "every record moves it on"
-        assert found.read_bytes == found.total_bytes
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30), min_size=1, max_size=12),
     holdout=st.sampled_from([0.0, 0.3]),
+    normalized=st.booleans(),
 )
-def test_what_is_kept_decodes_back_exactly(tokenizer_dir, tmp_path_factory, texts, holdout):
+def test_what_is_kept_decodes_back_exactly(tokenizer_dir, tmp_path_factory, texts, holdout, normalized):
     directory = tmp_path_factory.mktemp("exact")
     source = write_jsonl(directory / "a.jsonl", [{"text": "总有一篇"}, *({"text": text} for text in texts)])
-    prepare.shards([source], out=directory / "out", tokenizer=tokenizer_dir, holdout=holdout)
+    options = RAW | {"normalize": normalized, "exact_duplicates": normalized}
+    prepare.shards([source], out=directory / "out", tokenizer=tokenizer_dir, holdout=holdout, **options)
     expected = ["总有一篇", *(text for text in texts if text.strip())]
-    split_of = prepare._split_by_hash(holdout)
-    for split in SPLITS:
-        assert kept(directory / "out", split) == [text for text in expected if split_of(text.encode()) == split]
-    assert len(rejects(directory / "out")) == len(texts) + 1 - len(expected)
+    if normalized:
+        expected = [text for text in dict.fromkeys(map(normalize, expected)) if text]
+    found = [kept(directory / "out", split) for split in SPLITS]
+    assert sorted(found[0] + found[1]) == sorted(expected)
+    for part in found:
+        assert part == [text for text in expected if text in part], "not in the order of the input"
+    assert holdout or not found[1]
 
 
 class TestShards:
     def test_spelled_end_of_text_ends_no_document(self, tokenizer_dir, tmp_path):
         text = f"正文{END_OF_TEXT}注入"
         source = write_jsonl(tmp_path / "a.jsonl", [{"text": text}])
-        prepare.shards([source], out=tmp_path / "out", tokenizer=tokenizer_dir, holdout=0)
+        prepare.shards([source], out=tmp_path / "out", tokenizer=tokenizer_dir, holdout=0, **RAW)
         assert kept(tmp_path / "out", "train") == [text]
 
-    def test_held_out_files_are_the_validation_split(self, tokenizer_dir, tmp_path):
-        for name in "ab":
-            write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name}{number}"} for number in range(50)])
+    def test_held_out_files_are_the_validation_split_and_their_copies_no_training_text(self, tokenizer_dir, tmp_path):
+        texts = [article(seed, 60) for seed in range(40)]
+        write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+        write_jsonl(tmp_path / "b.jsonl", [{"text": text} for text in texts[30:]])
         out = tmp_path / "out"
         prepare.shards([tmp_path / "a.jsonl"], out=out, tokenizer=tokenizer_dir, holdout_files=(tmp_path / "b.jsonl",))
-        assert kept(out, "train") == [f"a{number}" for number in range(50)]
-        assert kept(out, "validation") == [f"b{number}" for number in range(50)]
+        assert kept(out, "train") == texts[:30]
+        assert kept(out, "validation") == texts[30:]
 
     def test_copies_of_a_text_are_on_one_side(self, tokenizer_dir, tmp_path):
         texts = [f"第{number % 100}篇" for number in range(300)]
         source = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
-        prepare.shards([source], out=tmp_path / "out", tokenizer=tokenizer_dir, holdout=0.3)
+        prepare.shards([source], out=tmp_path / "out", tokenizer=tokenizer_dir, holdout=0.3, **RAW)
         train, validation = (kept(tmp_path / "out", split) for split in SPLITS)
         assert len(train) + len(validation) == 300
         assert not set(train) & set(validation)
         assert 45 < len(validation) < 135, "the hash does not part 0.3 : 0.7"
 
-    def test_the_rejects_are_counted_and_listed(self, tokenizer_dir, tmp_path):
-        source = write_jsonl(tmp_path / "a.jsonl", [{"text": "好"}, b"{", b"[", {"text": 3}])
+    def test_sources_keep_apart(self, tokenizer_dir, tmp_path):
+        for name in "ab":
+            write_jsonl(tmp_path / f"{name}.jsonl", [{"text": article(100 * ord(name) + n, 80)} for n in range(30)])
+        inputs = [f"wudao={tmp_path / 'a.jsonl'}", f"cci:2.5={tmp_path / 'b.jsonl'}"]
+        prepare.shards(inputs, out=tmp_path / "out", tokenizer=tokenizer_dir, holdout=0.2)
+        manifest = Manifest.load(tmp_path / "out")
+        assert {name: source.weight for name, source in manifest.sources.items()} == {"wudao": 1.0, "cci": 2.5}
+        assert [shard.source for shard in manifest.splits["train"].shards] == ["wudao", "cci"]
+        both = [article(100 * ord(name) + n, 80) for name in "ab" for n in range(30)]
+        assert sorted(kept(tmp_path / "out", "train") + kept(tmp_path / "out", "validation")) == sorted(both)
+        size = sum(sum(source.text_bytes.values()) for source in manifest.sources.values())
+        assert size == sum(len(text.encode()) for text in both)
+
+    def test_the_report_accounts_for_every_record(self, tokenizer_dir, tmp_path):
+        good = [article(seed, 100) for seed in range(10)]
+        texts = [*good, good[0], good[1][:40] + "了" + good[1][40:], "短", "\u200b"]
+        source = write_jsonl(tmp_path / "a.jsonl", [*({"text": text} for text in texts), b"{", {"text": 3}])
         prepare.shards([source], out=tmp_path / "out", tokenizer=tokenizer_dir)
-        assert rejects(tmp_path / "out") == [
-            (str(source), 2, "not JSON"),
-            (str(source), 3, "not JSON"),
-            (str(source), 4, "'text' is not a string"),
-        ]
-        assert Manifest.load(tmp_path / "out").rejects == {"'text' is not a string": 1, "not JSON": 2}
+        report = json.loads((tmp_path / "out" / "report.json").read_text())["sources"]["corpus"]
+        dropped = {
+            stage: {r: e["documents"] for r, e in reasons.items()} for stage, reasons in report["dropped"].items()
+        }
+        assert dropped == {
+            "normalize": {"nothing visible": 1},
+            "filter": {"too short": 1},
+            "decontaminate": {},
+            "exact duplicates": {"of an earlier document": 1},
+            "near-duplicates": {"of an earlier document": 1},
+        }
+        assert report["dropped"]["exact duplicates"]["of an earlier document"]["examples"][0]["start"] == good[0][:80]
+        assert sum(entry["documents"] for entry in report["rejected"].values()) == 2
+        assert (report["records"], report["kept"]["documents"]) == (16, 10)
+        lines = (tmp_path / "out" / "rejects.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line)["reason"][:8] for line in lines] == ["not JSON", "no text "]
+        assert Manifest.load(tmp_path / "out").rejects.keys() == report["rejected"].keys()
 
-    def test_the_manifest_measures_the_text(self, tokenizer_dir, tmp_path):
-        write_jsonl(tmp_path / "a.jsonl", [{"text": "好a"}, {"text": "年"}])
-        prepare.shards([tmp_path / "a.jsonl"], out=tmp_path / "out", tokenizer=tokenizer_dir, holdout=0)
-        split = Manifest.load(tmp_path / "out").splits["train"]
-        assert (split.documents, split.characters, split.text_bytes) == (2, 3, 7)
+    def test_stages_can_be_switched_off(self, tokenizer_dir, tmp_path):
+        texts = ["短", "短", "\u200b长", article(1, 90), article(1, 90) + "。"]
+        source = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+        prepare.shards([source], out=tmp_path / "out", tokenizer=tokenizer_dir, holdout=0, **RAW)
+        assert kept(tmp_path / "out", "train") == texts
 
-    def test_two_runs_give_the_same_bytes(self, tmp_path):
-        texts = [{"text": article(seed, 300)} for seed in range(60)]
-        source = write_jsonl(tmp_path / "a.jsonl", texts)
-        for name in "xy":
-            prepare.shards([source], out=tmp_path / name, vocab=400, holdout=0.2)
-        names = sorted(file.name for file in (tmp_path / "x").iterdir())
-        assert len(names) == 7
-        for name in names:
-            assert (tmp_path / "x" / name).read_bytes() == (tmp_path / "y" / name).read_bytes(), name
+    def test_benchmarks_stay_out_and_are_listed(self, tokenizer_dir, tmp_path):
+        item = {"question": article(50, 40), "answer": "二十四"}
+        (tmp_path / "gsm8k.jsonl").write_text(json.dumps(item) + "\n")
+        texts = [article(1, 90), article(2, 90) + item["question"].replace("，", " ,") + article(3, 90), article(4, 90)]
+        source = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+        benchmark = (tmp_path / "gsm8k.jsonl",)
+        prepare.shards([source], out=tmp_path / "out", tokenizer=tokenizer_dir, holdout=0, benchmarks=benchmark)
+        assert kept(tmp_path / "out", "train") == [texts[0], texts[2]]
+        (line,) = (tmp_path / "out" / "benchmarks.jsonl").read_text(encoding="utf-8").splitlines()
+        assert json.loads(line)["item"].startswith("gsm8k: " + item["question"][:20])
 
-    def test_batches_do_not_change_what_is_written(self, tokenizer_dir, tmp_path, monkeypatch):
-        texts = [{"text": article(seed, 200)} for seed in range(50)]
-        source = write_jsonl(tmp_path / "a.jsonl", texts)
-        for name, characters in (("x", 1), ("y", 3000), ("z", 1 << 20)):
-            monkeypatch.setattr(prepare, "BATCH_CHARACTERS", characters)
-            prepare.shards([source], out=tmp_path / name, tokenizer=tokenizer_dir, holdout=0)
-        written = {(tmp_path / name / "train-00000.bin").read_bytes() for name in "xyz"}
-        assert len(written) == 1
-
-    def test_held_out_text_does_not_train_the_tokenizer(self, tmp_path):
+    def test_held_out_text_does_not_teach_the_tokenizer(self, tmp_path):
         texts = [article(seed, 200) for seed in range(40)]
         source = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
-        split_of = prepare._split_by_hash(0.3)
-        trained, held_out = prepare._train_tokenizer(Corpus([source]), 300, split_of)
-        assert held_out == [text for text in texts if split_of(text.encode()) == "validation"]
-        rest = [text for text in texts if text not in held_out]
-        assert trained.sha256 == Tokenizer.train(rest, 300).sha256 != Tokenizer.train(texts, 300).sha256
+        prepare.shards([source], out=tmp_path / "out", vocab=300, holdout=0.3)
+        training = kept(tmp_path / "out", "train")
+        assert len(training) < 40
+        sha256 = Manifest.load(tmp_path / "out").tokenizer_sha256
+        assert sha256 == Tokenizer.train(training, 300).sha256 != Tokenizer.train(texts, 300).sha256
 
     def test_a_large_corpus_is_sampled_for_the_tokenizer(self, tmp_path, monkeypatch):
         texts = [article(seed, 100) for seed in range(200)]
         source = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
-        monkeypatch.setattr(prepare, "SAMPLE_BYTES", source.stat().st_size // 4)
-        trained_on = []
-        monkeypatch.setattr(Tokenizer, "train", staticmethod(lambda texts, vocab: trained_on.extend(texts)))
-        prepare._train_tokenizer(Corpus([source]), 300, prepare._split_by_hash(0))
-        assert 25 < len(trained_on) < 80
-        assert min(map(texts.index, trained_on)) < 40
-        assert max(map(texts.index, trained_on)) >= 160, "the sample is of the beginning only"
+        monkeypatch.setattr(pipeline, "SAMPLE_BYTES", sum(len(text.encode()) for text in texts) // 4)
+        learned, train = [], Tokenizer.train
+        monkeypatch.setattr(Tokenizer, "train", lambda texts, vocab: learned.extend(texts) or train(texts, vocab))
+        prepare.shards([source], out=tmp_path / "out", vocab=300, holdout=0, workers=1)
+        assert 25 < len(learned) < 80
+        assert min(map(texts.index, learned)) < 40
+        assert max(map(texts.index, learned)) >= 160, "the sample is of the beginning only"
 
 
 class TestRefusals:
     def test_a_prepared_directory_is_not_overwritten(self, tokenizer_dir, tmp_path):
-        source = write_jsonl(tmp_path / "a.jsonl", [{"text": "好"}])
+        source = write_jsonl(tmp_path / "a.jsonl", [{"text": article(1, 90)}])
         prepare.shards([source], out=tmp_path / "out", tokenizer=tokenizer_dir)
         with pytest.raises(InputError, match="is prepared already"):
             prepare.shards([source], out=tmp_path / "out", tokenizer=tokenizer_dir)
 
-    def test_what_an_interrupted_run_left_is_cleared(self, tokenizer_dir, tmp_path):
-        source = write_jsonl(tmp_path / "a.jsonl", [{"text": "好"}])
-        (tmp_path / "out").mkdir()
-        for name in ("train-00007.bin", "validation-00000.bin.partial"):
-            (tmp_path / "out" / name).write_bytes(b"x")
-        prepare.shards([source], out=tmp_path / "out", tokenizer=tokenizer_dir, holdout=0)
-        assert [file.name for file in (tmp_path / "out").glob("*.bin*")] == ["train-00000.bin"]
+    def test_an_unfinished_run_is_not_gone_on_with_in_another_way(self, tokenizer_dir, tmp_path, monkeypatch):
+        source = write_jsonl(tmp_path / "a.jsonl", [{"text": article(1, 90)}])
+        with monkeypatch.context() as patch:
+            patch.setattr(tokens, "plan_shards", None)
+            with pytest.raises(TypeError):
+                prepare.shards([source], out=tmp_path / "out", tokenizer=tokenizer_dir)
+        with pytest.raises(InputError, match="to go on with the same options, tokenizer;"):
+            prepare.shards([source], out=tmp_path / "out", vocab=300, holdout=0.1)
+        source.touch()
+        with pytest.raises(InputError, match="to go on with the same units;"):
+            prepare.shards([source], out=tmp_path / "out", tokenizer=tokenizer_dir)
 
     def test_text_without_a_usable_record_is_an_error(self, tokenizer_dir, tmp_path):
         source = write_jsonl(tmp_path / "a.jsonl", [{"x": "y"}])
-        with pytest.raises(InputError, match="found no usable record"):
+        with pytest.raises(InputError, match="found none to keep"):
             prepare.shards([source], out=tmp_path / "out", tokenizer=tokenizer_dir)
         assert not (tmp_path / "out" / "manifest.json").exists()
-        assert len(rejects(tmp_path / "out")) == 1
+        assert len((tmp_path / "out" / "rejects.jsonl").read_text().splitlines()) == 1
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -313,22 +222,26 @@ class TestRefusals:
             (["--vocab", "100"], "expected vocab in 257"),
             (["--vocab", "300", "--holdout", "1.5"], "expected --holdout in 0 .. 1, got 1.5"),
             (["--vocab", "300", "--holdout", "nan"], "expected --holdout in 0 .. 1, got nan"),
+            (["--vocab", "300", "--workers", "0"], "expected --workers of 1 or more, got 0"),
             (["--tokenizer", "nowhere"], "nowhere: expected tokenizer.json"),
             (["--vocab", "300", "--holdout-files", "nowhere"], "nowhere: no such file or directory"),
+            (["--vocab", "300", "--benchmarks", "a.jsonl"], "a.jsonl: expected a benchmark as"),
+            (["--vocabulary", "300"], "--vocabulary"),
         ],
     )
-    def test_one_line_and_exit_code_2(self, tmp_path, monkeypatch, capsys, arguments, message):
+    @pytest.mark.parametrize("command", [[], ["shards"]])
+    def test_one_line_and_exit_code_2(self, tmp_path, monkeypatch, capsys, command, arguments, message):
         write_jsonl(tmp_path / "a.jsonl", [{"text": "好"}])
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["prepare.py", "shards", "a.jsonl", "--out", "out", *arguments])
+        monkeypatch.setattr(sys, "argv", ["prepare.py", *command, "a.jsonl", "--out", "out", *arguments])
         with pytest.raises(SystemExit) as stopped:
             prepare.main()
         assert stopped.value.code == 2
-        error = capsys.readouterr().err.strip().splitlines()[-1]
+        (error,) = capsys.readouterr().err.strip().splitlines()
         assert error.startswith("error: ")
         assert message in error
 
-    @pytest.mark.parametrize("inputs", [[], ["nowhere.txt"], ["a.csv"], ["empty"]])
+    @pytest.mark.parametrize("inputs", [[], ["nowhere.txt"], ["a.csv"], ["empty"], ["*.parquet"]])
     def test_inputs_that_are_not_text(self, tokenizer_dir, tmp_path, inputs):
         (tmp_path / "empty").mkdir()
         (tmp_path / "a.csv").write_text("x")
@@ -352,14 +265,13 @@ class TestCommand:
         assert done.returncode == 0, done.stderr
         assert "400 tokens in tok" in done.stdout
         assert "tokens per character" in done.stdout
-        command = ("shards", "a.jsonl", "--tokenizer", "tok", "--out", "out", "--holdout", 0.3)
-        done = run(*command, cwd=tmp_path)
+        done = run("a.jsonl", "--tokenizer", "tok", "--out", "out", "--holdout", 0.3, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
+        assert "40 records in 1 files, 40 kept" in done.stdout
+        assert not (tmp_path / "out" / "work").exists()
         done = run("verify", "out", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "2 shards" in done.stdout
-        done = run("stats", "out", cwd=tmp_path)
-        assert "bytes per token" in done.stdout
 
         shard = tmp_path / "out" / "train-00000.bin"
         content = bytearray(shard.read_bytes())
@@ -369,7 +281,15 @@ class TestCommand:
         assert done.returncode == 2
         assert done.stderr.strip().splitlines()[-1].startswith("error: out/train-00000.bin: block 0 ")
 
-    def test_help_needs_no_torch(self):
+    def test_tokenizers_are_compared(self, tokenizer_dir, tmp_path, capsys):
+        source = write_jsonl(tmp_path / "a.jsonl", [{"text": article(seed, 200)} for seed in range(50)])
+        prepare.tokenizer([source], out=tmp_path / "t", vocab=300, holdout=0.3, compare=(tokenizer_dir,), workers=1)
+        lines = capsys.readouterr().out.splitlines()
+        figures = [float(line.split(": ")[1].split()[0]) for line in lines if "tokens per character" in line]
+        assert len(figures) == 2
+        assert 0.4 < figures[1] < figures[0] < 3
+
+    def test_no_process_needs_torch(self):
         code = "import sys, train.prepare; sys.exit('torch' in sys.modules)"
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": ".:kernels"})
         assert done.returncode == 0
@@ -377,33 +297,116 @@ class TestCommand:
     def test_help_teaches(self, tmp_path):
         done = run("--help", cwd=tmp_path)
         assert done.returncode == 0
-        for command in ("shards", "tokenizer", "verify", "stats"):
-            assert command in done.stdout
+        for word in ("shards", "tokenizer", "verify", "stats", "NAME:WEIGHT=PATH"):
+            assert word in done.stdout
 
-    @pytest.mark.parametrize("moment", ["ShardWriter.add", "ShardWriter._finish_shard", "os.replace", "Manifest.save"])
-    def test_killed_at_any_moment_it_is_not_taken_for_prepared(self, tokenizer_dir, tmp_path, moment):
-        source = write_jsonl(tmp_path / "a.jsonl", [{"text": article(seed, 300)} for seed in range(40)])
-        code = "import os, sys; from pathlib import Path; from train import prepare, shards; "
-        code += f"shards.{moment} = lambda *arguments: os.kill(os.getpid(), 9); "
-        code += "prepare.shards([Path('a.jsonl')], out=Path('out'), tokenizer=Path(sys.argv[1]))"
-        environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-        killed = subprocess.run([sys.executable, "-c", code, tokenizer_dir], cwd=tmp_path, env=environment)
-        assert killed.returncode == -signal.SIGKILL
-        with pytest.raises(InputError, match="found no manifest"):
-            Manifest.load(tmp_path / "out")
-        for name in ("out", "straight"):
-            prepare.shards([source], out=tmp_path / name, tokenizer=tokenizer_dir)
-        for file in (tmp_path / "straight").iterdir():
-            assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
-        assert len(list((tmp_path / "out").iterdir())) == len(list((tmp_path / "straight").iterdir()))
+
+CHUNKS = {"MIN_UNIT_BYTES": 1 << 12, "MAX_UNIT_BYTES": 1 << 12}
+KILLED = """
+import os, sys
+from pathlib import Path
+from train import prepare
+from train.corpus import clean, files, tokens
+files.MIN_UNIT_BYTES = files.MAX_UNIT_BYTES = 1 << 12
+tokens.MIN_SHARD_BYTES = tokens.MAX_SHARD_BYTES = 1 << 13
+calls = 0
+def audit(event, arguments):
+    global calls
+    if event in ("open", "os.rename", "os.remove", "os.rmdir") and "out" in str(arguments[0]):
+        calls += 1
+        if calls == int(sys.argv[1]):
+            os.kill(os.getpid(), 9)
+sys.addaudithook(audit)
+arguments = {"tokenizer": None, "vocab": 300, "benchmarks": (Path("gsm8k.jsonl"),), "holdout": 0.1, "workers": 1}
+prepare.shards([Path("a.jsonl")], out=Path("out"), **arguments)
+"""
+
+
+def test_killed_before_any_touch_of_a_file_the_bytes_are_the_same(tmp_path, monkeypatch):
+    """The process dies before its n-th opening, renaming or removing of a file in the output directory, for some n."""
+    rng = random.Random(3)
+    texts = [article(seed, 120) for seed in range(60)]
+    texts += [*rng.choices(texts, k=6), *(text[:50] + "新" + text[50:] for text in texts[:6]), "短"]
+    write_jsonl(tmp_path / "a.jsonl", [*({"text": text} for text in texts), b"{"])
+    (tmp_path / "gsm8k.jsonl").write_text(json.dumps({"question": texts[3][:60], "answer": "1"}) + "\n")
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+
+    def killed_at(call: int) -> int:
+        command = [sys.executable, "-c", KILLED, str(call)]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True).returncode
+
+    assert killed_at(-1) == 0
+    expected = bytes_of(tmp_path / "out")
+    assert len(Manifest.load(tmp_path / "out").splits["train"].shards) >= 2
+    for place in (rng.randint(2, 40), rng.randint(60, 160)):
+        (tmp_path / "out").rename(tmp_path / f"done-{place}")
+        deaths = 0
+        while killed_at(place) == -signal.SIGKILL:
+            deaths += 1
+            place += 110  # so that the run comes further each time
+            assert not (tmp_path / "out" / "manifest.json").exists() or deaths > 3
+        assert deaths >= 2
+        assert bytes_of(tmp_path / "out") == expected
+
+
+def kill_at_random(corpus: Path, tokenizer_dir: Path, out: Path, kills: int, first: float) -> None:
+    """Runs prepare.py in two processes and kills it and, by its absence, them `kills` times; then lets it finish."""
+    command = [sys.executable, str(ROOT / "train" / "prepare.py"), str(corpus / "corpus"), "--out", str(out)]
+    command += ["--tokenizer", str(tokenizer_dir), "--benchmarks", str(corpus / "benchmark"), "--workers", "2"]
+    rng, wait = random.Random(1), first
+    for _ in range(kills):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(wait * rng.uniform(0.7, 1.3))
+        process.kill()
+        if process.wait() == 0:
+            break
+    assert subprocess.run(command, capture_output=True).returncode in (0, 2)
+
+
+def same_after_kills(tmp_path: Path, tokenizer_dir: Path, megabytes: float, first: float) -> None:
+    write_corpus(tmp_path / "made", megabytes, copies=0.6)
+    options = {"tokenizer": tokenizer_dir, "benchmarks": (tmp_path / "made" / "benchmark",), "workers": 1}
+    prepare.shards([tmp_path / "made" / "corpus"], out=tmp_path / "straight", **options)
+    kill_at_random(tmp_path / "made", tokenizer_dir, tmp_path / "killed", kills=5, first=first)
+    straight, killed = bytes_of(tmp_path / "straight"), bytes_of(tmp_path / "killed")
+    assert straight.keys() == killed.keys()
+    assert [name for name in straight if straight[name] != killed[name]] == []
+
+
+def test_20_mb_with_one_process_and_with_two_killed_five_times(tokenizer_dir, tmp_path):
+    same_after_kills(tmp_path, tokenizer_dir, 20, first=1.6)
+
+
+@pytest.mark.slow
+def test_100_mb_with_one_process_and_with_two_killed_five_times(tokenizer_dir, tmp_path):
+    same_after_kills(tmp_path, tokenizer_dir, 100, first=8)
+
+
+def test_made_up_corpus_gives_up_what_was_planted(tokenizer_dir, tmp_path):
+    planted = write_corpus(tmp_path / "made", 3)
+    benchmark = (tmp_path / "made" / "benchmark",)
+    prepare.shards([tmp_path / "made" / "corpus"], out=tmp_path / "out", tokenizer=tokenizer_dir, benchmarks=benchmark)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())["sources"]["corpus"]
+    found = {reason: entry["documents"] for reasons in report["dropped"].values() for reason, entry in reasons.items()}
+    copies = {
+        stage: report["dropped"][stage]["of an earlier document"]["documents"] for stage in list(report["dropped"])[3:]
+    }
+    assert copies == {"exact duplicates": planted["exact copy"], "near-duplicates": planted["near copy"]}
+    assert report["kept"]["documents"] == planted["clean"] + planted["messy"]
+    names = {"too short": "short", "too little Chinese": "english", "repetition": "repetition"}
+    names |= {"boilerplate": "boilerplate", "mis-decoded": "mis-decoded", "benchmark": "contaminated"}
+    assert {name: found[name] for name in names} == {name: planted[kind] for name, kind in names.items()}
+    assert sum(entry["documents"] for entry in report["rejected"].values()) == planted["unusable line"] + 1
 
 
 PEAK = """
 import resource, sys
 from pathlib import Path
 from train import prepare
-prepare.BATCH_CHARACTERS = 1 << 16
-prepare.shards([Path(sys.argv[1])], out=Path(sys.argv[2]), tokenizer=Path(sys.argv[3]))
+from train.corpus import clean, files
+files.MAX_UNIT_BYTES = 1 << 20
+clean.BATCH_CHARACTERS = 1 << 15
+prepare.shards([Path(sys.argv[1])], out=Path(sys.argv[2]), tokenizer=Path(sys.argv[3]), workers=1)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
@@ -419,4 +422,4 @@ def test_memory_does_not_grow_with_the_input(tokenizer_dir, tmp_path):
         done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout.split()[-1]))
-    assert peaks[1] - peaks[0] < 3000, f"{peaks} KiB for 8 MB more"
+    assert peaks[1] - peaks[0] < 6000, f"{peaks} KiB for 8 MB more"

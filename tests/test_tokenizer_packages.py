@@ -1,16 +1,15 @@
 """The tokenizer beside packages from an index: phi-2's true vocabulary, and an old reader. Skipped without an index."""
 
-import base64
-import hashlib
 import json
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
 
-from tests.test_tokenizer import MIXED, TEXTS, symbols
+from bench.packages import phi_2_tokenizer
+from tests.test_tokenizer import MIXED, TEXTS
+from xiangxin_fast.errors import InputError
 from xiangxin_fast.tokenizer import END_OF_TEXT, Tokenizer
 
 PLAIN = [*TEXTS, MIXED.replace(END_OF_TEXT, "")]  # others take a spelled special token for one
@@ -21,19 +20,6 @@ def from_package_index(tmp_path: Path, *arguments: str) -> None:
     done = subprocess.run([sys.executable, "-m", "pip", *arguments], capture_output=True, text=True, cwd=tmp_path)
     if done.returncode:
         pytest.skip(f"pip {arguments[0]} failed, is a package index in reach? {done.stderr.strip().splitlines()[-1]}")
-
-
-def merges_of(ranks: dict[bytes, int]) -> list[list[bytes]]:
-    """The two parts that each token of a tiktoken vocabulary was merged from."""
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(token) > 1:
-            merges.append(parts)
-    return merges
 
 
 def tokens_in_0_15(tokenizer: Tokenizer, texts: list[str], tmp_path: Path) -> list[list[int]]:
@@ -59,26 +45,10 @@ def tokens_in_0_15(tokenizer: Tokenizer, texts: list[str], tmp_path: Path) -> li
 @pytest.mark.slow
 def test_phi_2s_own_tokenizer(tmp_path):
     """Rebuilt from the GPT-2 vocabulary in openai-whisper (MIT); the hash is that of OpenAI's vocab.bpe."""
-    requirement = (
-        "openai-whisper==20250625 --hash=sha256:37a91a3921809d9f44748ffc73c0a55c9f366c85a3ef5c2ae0cc09540432eb96"
-    )
-    (tmp_path / "requirements.txt").write_text(requirement)
-    from_package_index(tmp_path, "download", "--no-deps", "--no-binary", ":all:", "-r", "requirements.txt")
-    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
-        content = archive.extractfile("openai_whisper-20250625/whisper/assets/gpt2.tiktoken").read()
-    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, content.splitlines())}
-    merges = "".join(f"{symbols(left)} {symbols(right)}\n" for left, right in merges_of(ranks))
-    merges = "#version: 0.2\n" + merges
-    sha256 = hashlib.sha256(merges.encode()).hexdigest()
-    assert sha256 == "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-
-    directory = tmp_path / "phi-2"
-    directory.mkdir()
-    spaces = {" " * n: 50257 + 31 - n for n in range(31, 1, -1)} | {"\t" * n: 50287 + 9 - n for n in range(9, 1, -1)}
-    vocab = {symbols(token): rank for token, rank in ranks.items()} | {END_OF_TEXT: 50256}
-    (directory / "merges.txt").write_text(merges, encoding="utf-8")
-    (directory / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
-    (directory / "added_tokens.json").write_text(json.dumps(spaces), encoding="utf-8")
+    try:
+        directory = phi_2_tokenizer(tmp_path)
+    except InputError as error:
+        pytest.skip(str(error))
     tokenizer = Tokenizer.load(directory)
     assert (len(tokenizer), tokenizer.eos_id) == (50_295, 50_256)
     text = "Hello world\n    def f(x):\n\t\treturn x  # 你好，世界"

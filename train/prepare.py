@@ -1,9 +1,18 @@
-"""Raw text to a tokenizer and token shards: `python train/prepare.py shards TEXT... --vocab 4096 --out DIR`.
+"""Raw text to token shards for train/run.py: read, clean, deduplicate, decontaminate, tokenize.
 
-The directory made is described in train/shards.py, what counts as a document in train/corpus.py. A document's split is
-decided by a hash of its text, so that it is the same in every run and for every copy. Records that cannot be used are
-counted by reason and listed in DIR/rejects.jsonl. Documents pass through in batches, so memory does not grow with the
-input; a tokenizer is trained on an even sample of at most SAMPLE_BYTES.
+    python train/prepare.py corpus/ --vocab 51200 --out data
+    python train/prepare.py wudao=w/*.json cci:2=cci/ --tokenizer phi-2 --benchmarks ceval cmmlu --out data
+    python train/prepare.py verify data
+    python train/prepare.py stats data
+    python train/prepare.py tokenizer corpus/ --out tok --compare phi-2
+
+Inputs are .txt (documents separated by blank lines), .jsonl, .json (arrays) and .parquet files, the first three also as
+.gz or .zst, directories of them and patterns. NAME=PATH or NAME:WEIGHT=PATH names the source that training draws from
+WEIGHT times as often as its tokens alone would have it. UTF-8 and GB18030 are told apart for each file.
+
+A run that was interrupted or killed goes on with the same command, and gives the same bytes as one that was not; so
+does any number of workers. What became of the records stands in report.json, rejects.jsonl and benchmarks.jsonl beside
+the shards. How each stage decides is written at the top of its file in train/corpus/.
 """
 
 import sys
@@ -12,32 +21,32 @@ from pathlib import Path
 if not __package__:  # run as a file: Python has put train/ first, whose modules would hide others of the same name
     sys.path[:1] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "kernels")]
 
-import hashlib
+import functools
 import json
+import os
+import tempfile
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from train.corpus import Corpus, Document, Reject
-from train.shards import SPLITS, Manifest, Shard, ShardWriter, Split
-from xiangxin_fast.errors import InputError, exits_cleanly
+from train.corpus.clean import Options
+from train.corpus.files import Source, cut_into_units, list_files, merge_sources, parse_source
+from train.corpus.pipeline import Job, prepare
+from train.corpus.sample import SAMPLE_BYTES, sample_unit
+from train.corpus.workers import console, progress, run
+from train.shards import SPLITS, Manifest, Shard
+from xiangxin_fast.config import PRESETS
+from xiangxin_fast.errors import InputError, exits_cleanly, one_line_complaints
 from xiangxin_fast.tokenizer import Tokenizer
 
-BATCH_CHARACTERS = 1 << 19  # at 2.4 tokens a character, Phi-2's on Chinese, 250 MB while it is encoded
-SAMPLE_BYTES = 32 << 20  # learning merges takes up to 100 bytes of memory per byte of Chinese
-TRAIN, VALIDATION = SPLITS
-
-Inputs = tyro.conf.Positional[list[Path]]
+Inputs = tyro.conf.Positional[list[str]]
 Directory = tyro.conf.Positional[Path]
-SplitOf = Callable[[bytes], str]  # a document's UTF-8 -> its split
-console = Console(stderr=True)
+TRAIN, VALIDATION = SPLITS
+HELD_OUT = "held-out"  # the source of --holdout-files
 
 
 def shards(
@@ -47,72 +56,130 @@ def shards(
     tokenizer: Path | None = None,
     vocab: int | None = None,
     text_key: str | None = None,
+    titles: bool = True,
+    normalize: bool = True,
+    filters: bool = True,
+    exact_duplicates: bool = True,
+    near_duplicates: bool = True,
+    benchmarks: tuple[Path, ...] = (),
     holdout: float = 0.005,
     holdout_files: tuple[Path, ...] = (),
+    workers: int | None = None,
 ) -> None:
-    """Write token shards: text in, a directory for train/run.py out.
+    """Write token shards (this is what happens where no command is named).
 
     Args:
-        inputs: .txt files (documents separated by blank lines), .jsonl files, directories of them
+        inputs: files, directories and patterns; NAME=PATH or NAME:WEIGHT=PATH for several sources
         out: directory to make
         tokenizer: directory of the tokenizer to use; or give --vocab
-        vocab: train a byte-level BPE of this many tokens on the inputs first
-        text_key: key of the text in .jsonl records; found by itself where it has one of the usual names
+        vocab: learn a byte-level BPE of this many tokens on an even sample of the clean text
+        text_key: key of the text in JSON records and parquet files; found by itself where it has one of the usual names
+        titles: put a record's title before its text
+        normalize: NFC, line ends, no zero-width or control characters
+        filters: leave out documents that are short, not Chinese, repetitive, mis-decoded or mostly of a page's frame
+        exact_duplicates: of equal documents keep the first
+        near_duplicates: of similar documents keep the first (MinHash)
+        benchmarks: files or directories of benchmarks; documents that hold one of their items are left out
         holdout: fraction of the documents that becomes the validation split
         holdout_files: files or directories that are the validation split, instead of a fraction
+        workers: processes; by default one for each CPU
     """
     if (tokenizer is None) == (vocab is None):
         raise InputError("expected either --tokenizer DIR or --vocab N")
-    split_of = _split_by_hash(0.0 if holdout_files else holdout)
-    sources = [(_corpus(inputs, text_key), split_of)]
-    if holdout_files:
-        sources.append((_corpus(holdout_files, text_key), lambda content: VALIDATION))
-    chosen = Tokenizer.load(tokenizer) if tokenizer else None
-    _begin(out)
-    if chosen is None:
-        chosen, _ = _train_tokenizer(sources[0][0], vocab, split_of)
-    chosen.save(out)
-    manifest = write_shards(sources, chosen, out)
-    for source, _ in sources:
-        for file in source.barren[:10]:
-            console.print(f"[yellow]no usable text in {file}[/]; the reasons are in {out / 'rejects.jsonl'}")
+    _check_holdout(holdout)
+    if vocab is not None:
+        Tokenizer.check_vocab(vocab)
+    sources = _sources(inputs)
+    if holdout_files:  # first, so that copies of held-out text are dropped from the training text and not the reverse
+        sources = [Source(HELD_OUT, 1.0, tuple(map(str, holdout_files)), VALIDATION), *sources]
+        sources[1:] = [Source(source.name, source.weight, source.paths, TRAIN) for source in sources[1:]]
+    options = Options(
+        text_key=text_key,
+        titles=titles,
+        normalize=normalize,
+        filter=filters,
+        exact=exact_duplicates,
+        near=near_duplicates,
+        benchmarks=tuple(map(str, benchmarks)),
+        holdout=holdout,
+    )
+    manifest = prepare(Job(tuple(sources), options, tokenizer and str(tokenizer), vocab, Path(out), _count(workers)))
     stats(out)
     if not manifest.splits[VALIDATION].tokens:
         console.print("[yellow]the validation split is empty[/]: give a larger --holdout, or --holdout-files")
 
 
-def tokenizer(inputs: Inputs, /, vocab: int, out: Path, text_key: str | None = None, holdout: float = 0.005) -> None:
-    """Train a byte-level BPE tokenizer and measure it on held-out text.
+def tokenizer(
+    inputs: Inputs,
+    /,
+    out: Path,
+    vocab: int = PRESETS["xiangxin-3b"].vocab,
+    text_key: str | None = None,
+    titles: bool = True,
+    normalize: bool = True,
+    holdout: float = 0.005,
+    compare: tuple[Path, ...] = (),
+    workers: int | None = None,
+) -> None:
+    """Learn a byte-level BPE tokenizer from an even sample of the text, and measure it on held-out text.
+
+    The default vocabulary is what Phi-2's embedding has rows for. On Chinese, Phi-2's own tokenizer takes about 2.2
+    tokens a character; give its directory to --compare to see it on the same text.
 
     Args:
-        inputs: .txt files (documents separated by blank lines), .jsonl files, directories of them
-        vocab: tokens, with the 256 bytes and end-of-text
+        inputs: files, directories and patterns
         out: directory to write tokenizer.json, tokenizer_config.json and special_tokens_map.json to
-        text_key: key of the text in .jsonl records; found by itself where it has one of the usual names
-        holdout: fraction of the documents that is not trained on but measured with
+        vocab: tokens, with the 256 bytes and end-of-text
+        text_key: key of the text in JSON records and parquet files
+        titles: put a record's title before its text
+        normalize: NFC, line ends, no zero-width or control characters
+        holdout: fraction of the documents that is not learned from but measured with
+        compare: directories of other tokenizers to measure beside it
+        workers: processes; by default one for each CPU
     """
-    trained, held_out = _train_tokenizer(_corpus(inputs, text_key), vocab, _split_by_hash(holdout))
+    _check_holdout(holdout)
+    Tokenizer.check_vocab(vocab)
+    others = {str(path): Tokenizer.load(path) for path in compare}
+    units = cut_into_units(list_files(_sources(inputs)))
+    total = sum(unit.bytes for unit in units)
+    options = Options(text_key=text_key, titles=titles, normalize=normalize, holdout=holdout)
+    tasks = [(unit, options, SAMPLE_BYTES / max(total, 1)) for unit in units]
+    with tempfile.TemporaryDirectory() as directory:
+        sampled = run("sample", sample_unit, tasks, total, 0, _count(workers), Path(directory))
+    learned, held_out = ([text for parts in sampled for text in parts[i]] for i in (0, 1))
+    if not learned:
+        raise InputError(f"expected text in {inputs[0]} and what follows it, found no usable record")
+    console.print(f"learning {vocab:,} tokens from {sum(map(len, learned)):,} characters")
+    with warnings.catch_warnings(record=True) as fewer:
+        warnings.simplefilter("always")
+        trained = Tokenizer.train(learned, vocab)
+    for warning in fewer:
+        console.print(f"[yellow]{warning.message}[/]")
     trained.save(out)
-    characters = sum(map(len, held_out))
     print(f"{len(trained):,} tokens in {out}")
-    if characters:
-        tokens = sum(map(len, trained.encode_batch(held_out)))
-        print(f"held-out text: {tokens / characters:.3f} tokens per character ({characters:,} characters)")
-    else:
+    characters = sum(map(len, held_out))
+    if not characters:
         print("held-out text: none; a larger --holdout would have some")
+        return
+    print(f"held-out text, {characters:,} characters:")
+    for name, measured in ({str(out): trained} | others).items():
+        count = sum(map(len, measured.encode_batch(held_out)))
+        size = sum(len(text.encode()) for text in held_out)
+        print(f"  {name}: {count / characters:.3f} tokens per character, {size / count:.3f} bytes per token")
 
 
 def verify(directory: Directory, /) -> None:
     """Check every byte of a prepared directory: checksums, token ranges, document index, tokenizer.
 
     Args:
-        directory: made by `prepare.py shards`
+        directory: made by prepare.py
     """
     manifest = Manifest.load(directory)
-    Tokenizer.load(directory / "tokenizer.json")
+    if (eos := Tokenizer.load(directory / "tokenizer.json").eos_id) != manifest.eos_id:
+        raise InputError(f"{directory}: expected the tokenizer's end-of-text to be {manifest.eos_id}, got {eos}")
     records = {split: manifest.splits[split].shards for split in SPLITS}
     total = sum(record.bytes for split in SPLITS for record in records[split])
-    with _progress() as bar:
+    with progress() as bar:
         task = bar.add_task("verify", total=total)
         for split in SPLITS:
             for number, record in enumerate(records[split]):
@@ -122,170 +189,107 @@ def verify(directory: Directory, /) -> None:
 
 
 def stats(directory: Directory, /) -> None:
-    """Tell tokens, documents, their lengths and the rejects of a prepared directory.
+    """Tell tokens, documents, their lengths and what was left out of a prepared directory, by source.
 
     Args:
-        directory: made by `prepare.py shards`
+        directory: made by prepare.py
     """
     manifest = Manifest.load(directory)
-    table = Table("", *SPLITS)
-    splits = [manifest.splits[split] for split in SPLITS]
-    table.add_row("documents", *(f"{split.documents:,}" for split in splits))
-    table.add_row("tokens", *(f"{split.tokens:,}" for split in splits))
-    table.add_row("characters", *(f"{split.characters:,}" for split in splits))
-    table.add_row("characters per token", *(f"{split.characters / max(split.tokens, 1):.3f}" for split in splits))
-    table.add_row("bytes per token", *(f"{split.text_bytes / max(split.tokens, 1):.3f}" for split in splits))
-    lengths = [_lengths(directory, manifest, split) for split in SPLITS]
+    columns = [
+        (name, split)
+        for split in SPLITS
+        for name in manifest.sources
+        if any(shard.source == name for shard in manifest.splits[split].shards)
+    ]
+    own = {
+        (name, split): [n for n, shard in enumerate(manifest.splits[split].shards) if shard.source == name]
+        for name, split in columns
+    }
+    table = Table("", *(f"{split}: {name}" for name, split in columns))
+    records = [[manifest.splits[split].shards[n] for n in own[name, split]] for name, split in columns]
+    documents, tokens = ([sum(getattr(r, field) for r in rs) for rs in records] for field in ("documents", "tokens"))
+    characters, text_bytes = (
+        [getattr(manifest.sources[name], field).get(split, 0) for name, split in columns]
+        for field in ("characters", "text_bytes")
+    )
+    table.add_row("weight", *(f"{manifest.sources[name].weight:g}" for name, _ in columns))
+    for label, values in (("documents", documents), ("tokens", tokens), ("characters", characters)):
+        table.add_row(label, *(f"{value:,}" for value in values))
+    for label, sizes in (("characters per token", characters), ("bytes per token", text_bytes)):
+        table.add_row(label, *(f"{size / max(count, 1):.3f}" for size, count in zip(sizes, tokens, strict=True)))
+    lengths = [_lengths(directory, manifest, split, own[name, split]) for name, split in columns]
     for power in np.flatnonzero(sum(lengths)):
         table.add_row(
             f"documents of {1 << power - 1:,} to {(1 << power) - 1:,} tokens", *(f"{n[power]:,}" for n in lengths)
         )
     Console().print(table)
-    for reason, count in manifest.rejects.items():
-        print(f"rejected: {count:,} records: {reason}")
+    _tell_report(directory / "report.json")
 
 
-def write_shards(sources: list[tuple[Corpus, SplitOf]], tokenizer: Tokenizer, out: Path) -> Manifest:
-    """Encodes every document of every source into `out`, which has the tokenizer already; returns the manifest written.
-
-    rejects.jsonl gets a line for each record that is not usable. Raises InputError when not a single one is.
-    """
-    writers = {split: ShardWriter(out, split, len(tokenizer), tokenizer.eos_id, tokenizer.sha256) for split in SPLITS}
-    rejects: Counter[str] = Counter()
-    text_bytes, characters = Counter(), Counter()
-    with (out / "rejects.jsonl").open("w", encoding="utf-8") as reject_lines:
-        for corpus, split_of in sources:
-            batches = _batches(_watched(corpus, "tokenize"), rejects, reject_lines)
-            for batch, encoded in _encoded(batches, tokenizer):
-                for text, tokens in zip(batch, encoded, strict=True):
-                    content = text.encode()
-                    split = split_of(content)
-                    text_bytes[split] += len(content)
-                    characters[split] += len(text)
-                    writers[split].add(tokens)
-    splits = {split: Split(writers[split].close(), text_bytes[split], characters[split]) for split in SPLITS}
-    if not any(split.shards for split in splits.values()):
-        raise InputError(f"expected text in {sources[0][0].files[0]} and what follows it, found no usable record")
-    manifest = Manifest(len(tokenizer), tokenizer.eos_id, tokenizer.sha256, splits, dict(sorted(rejects.items())))
-    manifest.save(out)
-    return manifest
+def _tell_report(file: Path) -> None:
+    if not file.exists():
+        return
+    for name, source in json.loads(file.read_bytes())["sources"].items():
+        kept = source["kept"]
+        print(f"{name}: {source['records']:,} records in {source['files']:,} files, {kept['documents']:,} kept")
+        for stage, reasons in {"rejected": source["rejected"], **source["dropped"]}.items():
+            for reason, entry in reasons.items():
+                print(f"  {stage}: {entry['documents']:,} {reason}")
 
 
-def _batches(items: Iterator[Document | Reject], rejects: Counter[str], reject_lines) -> Iterator[list[str]]:
-    """Texts in lists of about BATCH_CHARACTERS; rejects go aside."""
-    batch, characters = [], 0
-    for item in items:
-        if isinstance(item, Reject):
-            rejects[item.reason] += 1
-            line = {"file": item.file, "line": item.line, "reason": item.reason}
-            reject_lines.write(json.dumps(line, ensure_ascii=False) + "\n")
-            continue
-        batch.append(item.text)
-        characters += len(item.text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _encoded(batches: Iterator[list[str]], tokenizer: Tokenizer) -> Iterator[tuple[list[str], list[list[int]]]]:
-    """Each batch with its tokens; the next one is encoded, on all cores and without the GIL, while this one is used."""
-    with ThreadPoolExecutor(1) as background:
-        ahead = None
-        for batch in batches:
-            current, ahead = ahead, (batch, background.submit(tokenizer.encode_batch, batch))
-            if current:
-                yield current[0], current[1].result()
-        if ahead:
-            yield ahead[0], ahead[1].result()
-
-
-def _train_tokenizer(corpus: Corpus, vocab: int, split_of: SplitOf) -> tuple[Tokenizer, list[str]]:
-    """A tokenizer trained on the documents of the train split, or an even sample of them; and those it did not see."""
-    rate = SAMPLE_BYTES / max(corpus.total_bytes, 1)
-    held_out = []
-
-    def texts():
-        for item in _watched(corpus, "tokenizer"):
-            if isinstance(item, Document) and _fraction(content := item.text.encode(), b"sample") < rate:
-                if split_of(content) == TRAIN:
-                    yield item.text
-                else:
-                    held_out.append(item.text)
-        console.print(f"learning {vocab:,} tokens")
-
-    with warnings.catch_warnings(record=True) as fewer:
-        trained = Tokenizer.train(texts(), vocab)
-    for warning in fewer:
-        console.print(f"[yellow]{warning.message}[/]")
-    return trained, held_out
-
-
-def _corpus(inputs: list[Path] | tuple[Path, ...], text_key: str | None) -> Corpus:
-    if not inputs:
-        raise InputError("expected at least one .txt or .jsonl file, or a directory of them")
-    return Corpus(list(inputs), text_key)
-
-
-def _fraction(content: bytes, purpose: bytes) -> float:
-    """A number in 0 .. 1 that is a pure function of its arguments, even over contents."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8, person=purpose).digest(), "little") / 2**64
-
-
-def _split_by_hash(holdout: float) -> SplitOf:
-    if not 0 <= holdout < 1:
-        raise InputError(f"expected --holdout in 0 .. 1, got {holdout}")
-    return lambda content: VALIDATION if _fraction(content, b"holdout") < holdout else TRAIN
-
-
-def _begin(out: Path) -> None:
-    """Makes `out`, or clears what an interrupted run left there."""
-    if (out / "manifest.json").exists():
-        raise InputError(f"{out}: is prepared already; choose another --out, or delete it")
-    out.mkdir(parents=True, exist_ok=True)
-    for split in SPLITS:
-        for leftover in out.glob(f"{split}-*.bin*"):
-            leftover.unlink()
-
-
-def _progress() -> Progress:
-    label = TextColumn("{task.description}")
-    return Progress(label, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), console=console)
-
-
-def _watched(corpus: Corpus, title: str) -> Iterator[Document | Reject]:
-    """The corpus, with a progress bar of bytes read."""
-    with _progress() as bar:
-        task = bar.add_task(title, total=corpus.total_bytes)
-        shown = 0
-        for item in corpus:
-            yield item
-            if corpus.read_bytes - shown >= 1 << 18:  # updating for every record would cost a tenth of the time
-                shown = corpus.read_bytes
-                bar.update(task, completed=shown)
-        bar.update(task, completed=corpus.total_bytes)
-
-
-def _lengths(directory: Path, manifest: Manifest, split: str) -> np.ndarray:
+def _lengths(directory: Path, manifest: Manifest, split: str, numbers: list[int]) -> np.ndarray:
     """Entry k: documents of 2^(k-1) .. 2^k - 1 tokens, end-of-text included."""
     counts = np.zeros(64, np.int64)
-    for number in range(len(manifest.splits[split].shards)):
+    for number in numbers:
         shard = Shard(directory, manifest, split, number)
         lengths = np.diff(shard.starts().astype(np.int64), append=shard.tokens)
         counts += np.bincount(np.frexp(lengths)[1], minlength=64)
     return counts
 
 
+def _sources(inputs: Sequence[str | Path]) -> list[Source]:
+    if not inputs:
+        raise InputError("expected at least one file, directory or pattern of text")
+    return merge_sources([parse_source(str(argument)) for argument in inputs])
+
+
+def _check_holdout(holdout: float) -> None:
+    if not 0 <= holdout < 1:
+        raise InputError(f"expected --holdout in 0 .. 1, got {holdout}")
+
+
+def _count(workers: int | None) -> int:
+    if workers is not None and workers < 1:
+        raise InputError(f"expected --workers of 1 or more, got {workers}")
+    return workers or len(os.sched_getaffinity(0))
+
+
+def _later(function: Callable) -> Callable:
+    """`function`, put off until parsing is over: complaints about the command line are told apart from its own."""
+
+    @functools.wraps(function)
+    def call(*arguments, **options):
+        return functools.partial(function, *arguments, **options)
+
+    return call
+
+
 @exits_cleanly
 def main() -> None:
-    commands = {"shards": shards, "tokenizer": tokenizer, "verify": verify, "stats": stats}
+    commands = {function.__name__: _later(function) for function in (shards, tokenizer, verify, stats)}
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] not in (*commands, "-h", "--help"):
+        arguments = ["shards", *arguments]
+    with one_line_complaints():
+        command = tyro.extras.subcommand_cli_from_dict(
+            commands, prog="train/prepare.py", description=__doc__, args=arguments
+        )
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, prog="train/prepare.py", description=__doc__)
+        command()
     except OSError as error:
         raise InputError(f"{error.filename or 'output'}: {error.strerror}") from error
     except KeyboardInterrupt:
-        console.print("interrupted: nothing half-written will be read; run the same command again")
+        console.print("interrupted: the same command goes on from here")
         sys.exit(130)
 
 

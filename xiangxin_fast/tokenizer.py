@@ -10,7 +10,9 @@ import codecs
 import functools
 import hashlib
 import json
+import re
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -105,16 +107,17 @@ class Tokenizer:
         return Tokenizer(_checked(document, eos, str(file)), eos, hf_class, str(file))
 
     @staticmethod
-    def train(texts: Iterable[str], vocab: int) -> "Tokenizer":
+    def train(texts: Sequence[str], vocab: int) -> "Tokenizer":
         """Trains a byte-level BPE of `vocab` tokens: token 0 is <|endoftext|>, 1..256 the bytes, then merges in order.
 
-        The same texts give the same tokenizer. Texts that repeat too little for `vocab` tokens give fewer: a warning.
-        Memory grows with the distinct stretches between spaces and punctuation: for Chinese, with the text.
+        Each digit is a token, a Latin word takes the space before it along. The same texts give the same tokenizer.
+        Texts that repeat too little for `vocab` tokens give fewer: a warning. Memory: up to 30 bytes per byte of
+        Chinese from 16 MB on (measured; 100 without `_training_pieces`, at 1 to 2 % fewer tokens).
         """
-        if not 257 <= vocab <= MAX_VOCAB:
-            raise InputError(f"tokenizer: expected vocab in 257..{MAX_VOCAB} (256 bytes and end-of-text), got {vocab}")
+        Tokenizer.check_vocab(vocab)
         backend = tokenizers.Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab,
@@ -123,12 +126,18 @@ class Tokenizer:
             initial_alphabet=sorted(BYTE_OF_SYMBOL),
             show_progress=False,
         )
-        backend.train_from_iterator(map(_without_surrogates, texts), trainer)
+        backend.train_from_iterator(_training_pieces([_without_surrogates(text) for text in texts]), trainer)
         document = _checked(json.loads(backend.to_str()), END_OF_TEXT, "trained tokenizer")
         tokenizer = Tokenizer(document, END_OF_TEXT, OWN_CLASS, "trained tokenizer")
         if len(tokenizer) < vocab:
             warnings.warn(f"the text gave {len(tokenizer):,} tokens of the {vocab:,} asked for", stacklevel=2)
         return tokenizer
+
+    @staticmethod
+    def check_vocab(vocab: int) -> None:
+        """Raises InputError where `train` could not make a tokenizer of `vocab` tokens."""
+        if not 257 <= vocab <= MAX_VOCAB:
+            raise InputError(f"tokenizer: expected vocab in 257..{MAX_VOCAB} (256 bytes and end-of-text), got {vocab}")
 
     def __len__(self) -> int:
         return self._size
@@ -185,6 +194,37 @@ class Tokenizer:
         (directory / "tokenizer.json").write_bytes(self._json)
         write_json(directory / "tokenizer_config.json", settings)
         write_json(directory / "special_tokens_map.json", names)
+
+
+_HAN_RUN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]+")
+_PIECE = 4  # Han characters: few words are longer
+
+
+def _training_pieces(texts: list[str]) -> Iterator[str]:
+    """The texts with their runs of Han characters cut: a trainer keeps every distinct stretch without punctuation, and
+    in Chinese most clauses are distinct. Pieces of _PIECE characters that occur once are cut again, in halves.
+
+    Occurrences are counted in a table of fixed size, by a checksum; now and then two pieces share a place.
+    """
+    seen = bytearray(1 << 24)
+    for text in texts:
+        for run in _HAN_RUN.findall(text):
+            for start in range(0, len(run), _PIECE):
+                place = zlib.crc32(run[start : start + _PIECE].encode()) >> 8
+                seen[place] = min(seen[place] + 1, 2)
+    for text in texts:
+        end = 0
+        for run in _HAN_RUN.finditer(text):
+            yield text[end : run.start()]
+            for start in range(run.start(), run.end(), _PIECE):
+                piece = text[start : min(start + _PIECE, run.end())]
+                if seen[zlib.crc32(piece.encode()) >> 8] > 1:
+                    yield piece
+                else:
+                    yield piece[: _PIECE // 2]
+                    yield piece[_PIECE // 2 :]
+            end = run.end()
+        yield text[end:]
 
 
 def _without_surrogates(text: str) -> str:

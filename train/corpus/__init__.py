@@ -1,0 +1,1 @@
+"""From files of raw text to clean documents: what train/prepare.py does before it tokenizes."""
