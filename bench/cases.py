@@ -260,7 +260,7 @@ CASES = {
             make=_decode_head_inputs,
             leaves=(),
             flops=lambda s: {"fwd": 2.0 * s.B * s.config.vocab * s.config.channels},
-            moved=lambda s, e: {"fwd": float(e * s.config.vocab * (s.config.channels + s.B))},
+            moved=lambda s, e: {"fwd": float(s.config.vocab * (e * s.config.channels + 4 * s.B))},
             graph=True,
         ),
     )

@@ -9,12 +9,9 @@ The launch itself (arguments, grid, warps) is taken from the launcher, so that w
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from importlib import import_module
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,47 +26,12 @@ from xiangxin_kernels._tuning import (
 
 from bench import static_checks
 from bench.cases import Shape
-
-Arguments = Mapping[str, Any]
-"""What a launch passed to its kernel, by parameter name, tensors included; "grid" is the number of programs."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a kernel has to do. `trips`: passes through each hot loop in program order, summed over all programs.
-
-    A kernel without a hot loop leaves `trips` empty. `bodies` says how often the code around the hot loops runs, where
-    that is not once per program (persistent kernels).
-    """
-
-    bytes: int
-    flops: int = 0
-    trips: Callable[[Arguments], tuple[float, ...]] = lambda a: ()
-    bodies: Callable[[Arguments], int] = lambda a: a["grid"]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A config of an op and the kernels it launches. `module` is where the launcher looks `chooser` up."""
-
-    name: str
-    module: ModuleType
-    chooser: str
-    tensors: Callable[[Callable[..., Tensor]], dict[str, Tensor]]
-    launch: Callable[[dict[str, Tensor]], None]
-    work: Mapping[str, Work]
-    candidates: Mapping[int, tuple] = field(default_factory=dict)
-    judge: str = ""  # the case of bench.cases that proves a candidate right; default: the op of that name
-    replaced: Mapping[str, Callable] = field(default_factory=dict)  # other names of `module`, while the case runs
-
-
-def _kernels(name: str) -> ModuleType:
-    """A kernel file as a module: the front door gives its function instead."""
-    return import_module(f"xiangxin_kernels.{name}")
+from bench.static_case import Arguments, Case, Work, kernel_file
+from bench.static_decode import decode_attention, decode_block, decode_head
 
 
 def layer_norm(s: Shape) -> list[Case]:
-    N, C, module = s.N, s.config.channels, _kernels("layer_norm")
+    N, C, module = s.N, s.config.channels, kernel_file("layer_norm")
     rows, statistics = ("x", "y", "dout", "dresidual", "dx"), ("mean", "rstd")
     fwd, bwd = ("x", "weight", "bias", "y", "mean", "rstd"), (
         "dout", "x", "weight", "mean", "rstd", "dresidual", "dx", "partial"
@@ -136,7 +98,7 @@ def attention(s: Shape) -> list[Case]:
     """The op with rotary embedding; "block": parallel_block's backward, which rotates pairs back and sums columns;
     "packed": forward and backward of the block with documents, as long as the sequence where work is counted."""
     B, T, H, D, R = s.B, s.T, s.config.heads, s.config.head_dim, s.config.rotary_dim
-    module, scale = _kernels("attention"), s.config.head_dim**-0.5
+    module, scale = kernel_file("attention"), s.config.head_dim**-0.5
     rows = ("q", "k", "v", "out", "copy", "dout", "dq", "dk", "dv")
     pairs, tensor_bytes = B * H * T * (T + 1) // 2, 2 * B * T * H * D
 
@@ -216,7 +178,7 @@ CROSS_ENTROPY_CANDIDATES = tuple(
 
 def cross_entropy(s: Shape) -> list[Case]:
     """In chunks of 2,048 rows, as linear_cross_entropy drives the kernel."""
-    N, V, module = min(2048, s.N), s.config.vocab, _kernels("cross_entropy")
+    N, V, module = min(2048, s.N), s.config.vocab, kernel_file("cross_entropy")
 
     def tensors(new: Callable[..., Tensor]) -> dict[str, Tensor]:
         return (
@@ -260,7 +222,7 @@ GEMM_CANDIDATES = {
 def gemm(s: Shape) -> list[Case]:
     """The products of a layer that have something to fuse, by Triton, and the epilogues that follow cuBLAS's."""
     M, C, F, H, R = s.N, s.config.channels, s.config.mlp_hidden, s.config.heads, s.config.rotary_dim
-    module = _kernels("gemm")
+    module = kernel_file("gemm")
     judges = {"rotary": "project_in", "bias": "linear", "gelu": "linear_gelu", "dgelu": "linear_gelu_bwd"}
     judges["residual"] = "project_out"
 
@@ -394,6 +356,9 @@ OPS: dict[str, Callable[[Shape], list[Case]]] = {
     "attention": attention,
     "cross_entropy": cross_entropy,
     "gemm": gemm,
+    "decode_attention": decode_attention,
+    "decode_block": decode_block,
+    "decode_head": decode_head,
     "check_matmul": check_matmul,
     "check_attention": check_attention,
 }

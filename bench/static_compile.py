@@ -30,7 +30,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from bench.cases import SHAPES, Shape
-from bench.static_cases import OPS, Case
+from bench.static_case import Case
+from bench.static_cases import OPS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TIMEOUT_S = 240

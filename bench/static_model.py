@@ -15,7 +15,7 @@ import triton
 
 from bench import sass
 from bench.roofline import REPORTED, blocks_per_sm, loop_cycles, overlapped, pipe_cycles
-from bench.static_cases import Work
+from bench.static_case import Work
 from bench.static_compile import Compiled, CompileError, Job
 from bench.ttir import i32_offset_products
 
@@ -102,7 +102,7 @@ def _parts(listing: sass.Listing, compiled: Compiled, work: Work) -> _Parts:
     hot = sass.hot_loops(listing.instructions)
     specialized = whole.register_requests > 0
     passes, bodies = work.trips(compiled.numbers), work.bodies(compiled.numbers)
-    if not passes and whole.flops:
+    if not passes and whole.flops and work.flops:
         raise CompileError(f"expected the trips of {compiled.kernel}'s hot loops in its Work, got none")
     if len(hot) != len(passes) and not specialized:
         passes = tuple(p for p in passes if p != bodies)  # a loop of one pass is no loop in the machine code

@@ -153,3 +153,36 @@ def choose_gemm(epilogue: str, dtype: torch.dtype, arch: int) -> GemmConfig:
 def choose_elementwise(epilogue: str, arch: int) -> ElementwiseConfig:
     """Static: two 16-byte accesses a thread and operand; the column sums of "dgelu" want tall tiles."""
     return ElementwiseConfig(block_m=64 if epilogue == "dgelu" else 16, block_n=128, num_warps=4)
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """A matrix-vector product of decode: BLOCK_N rows of the weight a program, up to `rows` rows of x.
+
+    norm: each program normalises x itself; else a launch before does.
+    """
+
+    rows: int
+    block_n: int
+    num_warps: int
+    norm: bool
+
+
+def choose_decode(B: int, arch: int) -> DecodeConfig:
+    """Static: all programs of a Phi layer on the SMs at once. What the rows' bits depend on is not to be chosen here."""
+    if B <= 8:
+        return DecodeConfig(rows=8, block_n=32, num_warps=4, norm=True)
+    return DecodeConfig(rows=32, block_n=32, num_warps=4, norm=False)
+
+
+@dataclass(frozen=True)
+class DecodeAttentionConfig:
+    """Positions of the cache a program attends to, which the rows' bits depend on."""
+
+    split: int
+    num_warps: int
+
+
+def choose_decode_attention(arch: int) -> DecodeAttentionConfig:
+    """Static: 20 KB of keys and values a program, all under way at once."""
+    return DecodeAttentionConfig(split=64, num_warps=4)

@@ -1,0 +1,100 @@
+"""What the compiler makes of decode's kernels: what the claims about their bits and their loads rest on."""
+
+import re
+from collections import Counter
+
+import pytest
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from xiangxin_kernels._decode_gemv import _row_statistics
+
+from bench import roofline, sass, static
+from bench.static_compile import Compiled, Job, compile_all
+
+JOBS = [job for op in ("decode_block", "decode_head") for job in static.jobs_of(op) if "_32_int" not in job.case]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[Job, Compiled]:
+    return {job: kernels[0] for job, kernels in compile_all(JOBS).items()}
+
+
+def _opcodes(kernel: Compiled) -> list[str]:
+    return [i.opcode for i in sass.parse(kernel.sass).instructions]
+
+
+def _of(compiled: dict[Job, Compiled], arch: int, part: str) -> dict[str, Compiled]:
+    return {job.case: kernel for job, kernel in compiled.items() if job.arch == arch and part in job.case}
+
+
+@triton.jit
+def _statistics_kernel(x_ptr, out_ptr, stride, rows, C: tl.constexpr, ROWS: tl.constexpr):
+    offs_b = tl.arange(0, ROWS)
+    mean, rstd = _row_statistics(x_ptr, stride, offs_b, offs_b < rows, 1e-5, C, ROWS)
+    tl.store(out_ptr + offs_b, mean)
+    tl.store(out_ptr + ROWS + offs_b, rstd)
+
+
+def test_sums_over_a_row_lie_in_the_same_lanes_whatever_the_rows():
+    along_a_row = set()
+    for ROWS in (8, 32):
+        constants = {"C": 512, "ROWS": ROWS}
+        signature = {"x_ptr": "*bf16", "out_ptr": "*fp32", "stride": "i32", "rows": "i32"}
+        attributes = {(i,): [["tt.divisibility", 16]] for i in range(3)}
+        source = ASTSource(_statistics_kernel, signature | dict.fromkeys(constants, "constexpr"), constants, attributes)
+        kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+        ttgir = kernel.asm["ttgir"]
+        reduced = set(re.findall(rf'"tt.reduce".*?\(tensor<{ROWS}x128xf32, (#\w+)>\)', ttgir, re.S))
+        for name in reduced:
+            fields = re.search(rf"^{name} = #ttg.blocked<{{(.*?)}}>", ttgir, re.M)[1]
+            values = re.findall(r"(sizePerThread|threadsPerWarp|warpsPerCTA) = \[\d+, (\d+)\]", fields)
+            along_a_row.add(tuple(values))
+    assert along_a_row == {(("sizePerThread", "8"), ("threadsPerWarp", "16"), ("warpsPerCTA", "1"))}
+
+
+def test_every_number_of_rows_takes_the_same_tensor_core_instruction(compiled):
+    for job, kernel in compiled.items():
+        products = Counter(opcode for opcode in _opcodes(kernel) if opcode.startswith(("HMMA", "HGMMA")))
+        expected = {"HMMA.16816.F32.BF16"} if "norm" not in job.case else set()
+        assert set(products) == expected, job
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_products_and_sums_are_contracted_nowhere(compiled, arch):
+    for case, kernel in _of(compiled, arch, "decode_block/norm").items():
+        assert not [opcode for opcode in _opcodes(kernel) if opcode.startswith("FFMA")], case
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_weights_are_loaded_16_bytes_at_a_time_and_evicted_first(compiled, arch):
+    """As many such loads as the weights of one program take, and no other load for them."""
+    for case, kernel in _of(compiled, arch, "_8").items():
+        numbers = kernel.numbers
+        columns = numbers.get("SPLIT_K", numbers.get("C"))
+        wanted = numbers["BLOCK_N"] * columns * numbers["BITS"] // 8 // (16 * kernel.threads)
+        loads = Counter(opcode for opcode in _opcodes(kernel) if opcode.startswith("LDG"))
+        assert loads["LDG.E.EF.128"] == wanted, (case, loads)
+        assert sum(n for opcode, n in loads.items() if ".EF" in opcode) == wanted, (case, loads)
+        assert "LDGSTS" not in " ".join(loads), case
+
+
+def test_dependent_launch_is_on_sm_90_alone(compiled):
+    for job, kernel in compiled.items():
+        opcodes = _opcodes(kernel)
+        expected = [1, 1] if job.arch == 90 else [0, 0]
+        assert [opcodes.count("PREEXIT"), opcodes.count("ACQBULK")] == expected, job
+
+
+def test_weights_are_under_way_before_the_kernel_waits_for_the_one_before(compiled):
+    """At least 40 KB on each SM of an H100, and none of them in use yet: nothing is stored to shared memory."""
+    for case, kernel in _of(compiled, 90, "_8").items():
+        if "int" in case.partition("_8")[2]:
+            continue
+        opcodes, listing = _opcodes(kernel), sass.parse(kernel.sass)
+        before = opcodes[: opcodes.index("ACQBULK")]
+        resident = roofline.blocks_per_sm(90, kernel.threads, listing.registers, kernel.shared)
+        blocks = min(resident, kernel.numbers["grid"] / roofline.REPORTED[90].sms)
+        assert not [opcode for opcode in before if opcode.startswith(("STS", "BAR"))], case
+        assert before.count("LDG.E.EF.128") * 16 * kernel.threads * blocks >= 40 * 1024, case
