@@ -2,7 +2,7 @@
 
     python -m bench attention --mode fwd,bwd --against all
     python -m bench layer_norm cross_entropy --against torch --tokens 512
-    python -m bench prepare | demo | generate-cpu         the chain, on a CPU, into bench/results/
+    python -m bench prepare | demo | generate-cpu | train-overhead    the chain, on a CPU, into bench/results/
 
 An op is first judged against fp64 by the numerics rule (bench/numerics.py), on the inputs that are then timed: no
 green, no number. Providers take turns, caches are flushed, medians and their spread are printed beside the ceilings
@@ -29,7 +29,7 @@ OPS = (
     "linear_gelu_bwd",
     "linear",
 )
-CHAIN = ("prepare", "demo", "generate-cpu")
+CHAIN = ("prepare", "demo", "generate-cpu", "train-overhead")
 HERE = Path(__file__).resolve().parent
 
 
@@ -130,6 +130,10 @@ def main() -> None:
 
         sys.argv = ["python -m bench generate-cpu", "--out", str(HERE / "results" / "cpu-generate.json"), *rest]
         generate_cpu.main()
+    elif arguments.what == ["train-overhead"]:
+        from . import train_overhead
+
+        train_overhead.main(rest)
     elif arguments.what == ["prepare"]:
         from . import prepare
 
