@@ -169,7 +169,7 @@ class DecodeConfig:
 
 
 def choose_decode(B: int, arch: int) -> DecodeConfig:
-    """Static: all programs of a Phi layer on the SMs at once. What the rows' bits depend on is not to be chosen here."""
+    """Static: the programs of a Phi layer fit the SMs at once, or nearly. No number here enters the bits of a row."""
     if B <= 8:
         return DecodeConfig(rows=8, block_n=32, num_warps=4, norm=True)
     return DecodeConfig(rows=32, block_n=32, num_warps=4, norm=False)
