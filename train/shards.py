@@ -13,7 +13,7 @@ that of the table, and a block is held against the table when it is first touche
 file, a shard of another run, place or tokenizer is an InputError that names the file (and the block) before any of its
 tokens is used. The manifest also has the sha256 of each whole file, for `prepare.py verify`. No document lies in two
 shards, and no shard holds documents of two sources: the manifest names the source of each shard, and of each source the
-weight that training gives its tokens.
+weight it was given.
 """
 
 import hashlib
@@ -60,7 +60,7 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """How often training draws a source's tokens relative to their number, and its text in each split."""
+    """The weight a source was given (how often to draw its tokens, relative to their number) and its text by split."""
 
     weight: float
     text_bytes: dict[str, int]

@@ -39,7 +39,7 @@ class Broken(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """Files under one name. `weight`: how often training draws its tokens, relative to their number."""
+    """Files under one name. `weight`: how often training should draw its tokens, relative to their number."""
 
     name: str
     weight: float

@@ -4,9 +4,11 @@ Each step's tasks depend on the inputs and options alone and leave their results
 fsynced and then named. A run that was killed at any moment is gone on with by the same command: what is there is not
 done again, and the bytes that come out are those of a run that was left alone, whatever the number of processes.
 
-Memory: a process holds one batch and one segment (300 MB), one range of hashes when duplicates are judged (150 MB), or
-one batch being encoded (400 MB with Phi-2's tokenizer); the parent a byte per document. Disk: the clean text,
-compressed, and the signatures (duplicates.py), until the run is complete.
+Memory does not depend on the size of the input. A process holds one batch and one segment, then one range of hashes,
+then one batch being encoded: 0.2 to 0.5 GB, and about 200 bytes for each token of a document that is longer than a
+batch (records of over 16 MiB are rejected). Learning a tokenizer takes 0.9 GB. The parent holds a byte per document.
+A corpus of 1 GB with two processes and 51,200 tokens peaks at 1.0 GB in all (bench/results/cpu-prepare-whole.json).
+Disk: the clean text, compressed, and the signatures (duplicates.py), until the run is complete.
 """
 
 import json
