@@ -8,6 +8,7 @@ Tables stand between `<!-- bench:begin NAME -->` and `<!-- bench:end NAME -->`, 
 no result file is "not yet measured". The files in bench/results/ are written by programs only:
     gpu-<device>-<date>.jsonl    python -m bench.gpu, by --add
     cpu-generate.json, cpu-prepare.json, cpu-demo.json    python -m bench generate-cpu | prepare | demo
+    cpu-perplexity.json                                   python -m bench.perplexity
 """
 
 import argparse
@@ -93,10 +94,11 @@ def cpu_block(results: Path) -> str:
             for what, label in (("first_token", "first token of"), ("decode", "decode after")):
                 if what in result:
                     ours, theirs = (result[what][name]["median_s"] for name in ("xiangxin_fast", "transformers"))
+                    weights, peer = result["dtype"], result.get("peer_dtype", result["dtype"])
                     rows.append(
                         (
                             f"{label} {result['prompt_tokens']} tokens",
-                            result["dtype"],
+                            weights if weights == peer else f"{weights}, theirs {peer}",
                             f"{ours:.3f} s",
                             f"{theirs:.3f} s",
                         )
@@ -107,6 +109,19 @@ def cpu_block(results: Path) -> str:
         parts += [Table(title, header, rows).markdown(), _where(generate)]
     else:
         parts.append(f"Generation beside transformers: {NOT_MEASURED.lower()}")
+    if perplexity := _load(results / "cpu-perplexity.json"):
+        rows = [
+            (
+                result["weights"] + (f", groups of {result['group']}" if result["group"] else ""),
+                f"{result['nats_per_token']:.4f}",
+                f"{result['perplexity']:.2f}",
+            )
+            for result in perplexity["results"]
+        ]
+        title = f"The demo's model on its held-out chapters, {perplexity['results'][0]['tokens']:,} tokens"
+        parts += [Table(title, ("weights", "nats per token", "perplexity"), rows).markdown(), _where(perplexity)]
+    else:
+        parts.append(f"Perplexity of rounded weights: {NOT_MEASURED.lower()}")
     if prepare := _load(results / "cpu-prepare.json"):
         (result,) = prepare["results"]
         rows = [(name, f"{timing['median']:.0f} ms") for name, timing in result["ms"].items()]
