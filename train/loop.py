@@ -125,7 +125,7 @@ class _Run:
             self.log.event("rejected", self.position.step, reason=reason)
         path = start.path and str(start.path)
         self.log.event("start", self.position.step, ranks=ranks.size, checkpoint=path, sample=self.position.sample)
-        self.saver = Saver(config.out / "checkpoints", config.keep, ranks)
+        self.saver = Saver(config.out / "checkpoints", config.keep, ranks, watchdog.progress)
         self.saved = self.position.step  # where the newest checkpoint was begun
         self.stopping = False  # as all ranks know
         self.rewinds: list[int] = []

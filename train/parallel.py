@@ -25,6 +25,8 @@ from torch.distributed.tensor import DTensor
 
 from xiangxin_fast.errors import InputError
 
+PATIENCE_WITH_DISKS = 6  # times the limit of other waits
+
 
 class TeamError(InputError):
     """What failed on one rank, told to all of them."""
@@ -127,7 +129,9 @@ def join(timeout: float = 600.0, replicas: int | None = None) -> Ranks:
     shape, names = ((replicas, size // replicas), ("replicas", "shards")) if replicas > 1 else ((size,), ("shards",))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     host_mesh = init_device_mesh("cpu", shape, mesh_dim_names=names) if cuda else mesh
-    teams = [Team(rank, size, dist.new_group(backend="gloo", timeout=wait)) for _ in range(2)]
+    # Ranks finish writing their parts of a checkpoint long after one another.
+    waits = (wait, PATIENCE_WITH_DISKS * wait)
+    teams = [Team(rank, size, dist.new_group(backend="gloo", timeout=limit)) for limit in waits]
     return Ranks(rank, size, device, mesh, host_mesh, *teams, store)
 
 

@@ -1,6 +1,7 @@
 """Saver: writes checkpoints in a thread, while training goes on, from copies made before it does."""
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -15,8 +16,9 @@ from .parallel import Ranks, host_copies
 class Saver:
     """Checkpoints of one run: one is written at a time, and the copies are made into the same memory each time."""
 
-    def __init__(self, folder: Path, keep: int, ranks: Ranks):
-        self._folder, self._keep, self._ranks = folder, keep, ranks
+    def __init__(self, folder: Path, keep: int, ranks: Ranks, waiting: Callable[[], None] = lambda: None):
+        """`waiting` is called each second while a call waits for a checkpoint, which on slow disks takes minutes."""
+        self._folder, self._keep, self._ranks, self._waiting = folder, keep, ranks, waiting
         self._copies: dict[str, Tensor] | None = None
         self._thread: threading.Thread | None = None
         self._step, self._failure = 0, None
@@ -42,7 +44,9 @@ class Saver:
 
     def _join(self) -> None:
         if self._thread is not None:
-            self._thread.join()
+            while self._thread.is_alive():
+                self._waiting()
+                self._thread.join(1.0)
             self._thread = None
 
     def _write(self, tensors: dict[str, Tensor], state: dict) -> None:
