@@ -12,9 +12,10 @@ from xiangxin_fast.config import PhiConfig
 from xiangxin_fast.model import Phi
 from xiangxin_fast.quantization import quantize_model
 
-from .case import Unavailable, layer_weights
+from .case import layer_weights
 from .hugging_face import causal_lm
 from .measure import Timing, assert_alive
+from .runner import reason_of
 
 ROUNDS = 20
 ROUNDED = ("int8", "int4")
@@ -40,8 +41,9 @@ class Contenders:
         try:
             hf = causal_lm(model).eval().requires_grad_(False)
             found["transformers"] = transformers(hf, model.config)
-        except Unavailable as error:
-            self._work.emit({"kind": "skip", "provider": "transformers", "reason": str(error)})
+        except Exception as error:  # whatever ails it, ours is measured
+            self._work.emit({"kind": "skip", "provider": "transformers", "reason": reason_of(error)})
+            assert_alive(self._work.device)
         return {"ours": ours(model, self._rows)} | found
 
     @functools.cached_property

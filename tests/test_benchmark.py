@@ -104,7 +104,7 @@ class TestTurns:
         }
         found, failed = measure(contenders, rows=1, prompt_tokens=2, new_tokens=2, rounds=2)
         assert list(found) == ["a"]
-        assert failed == {"b": "too little memory", "c": "CUDA out of memory."}
+        assert failed == {"b": "too little memory", "c": "OutOfMemoryError: CUDA out of memory."}
         assert len(seen) == 5
 
 

@@ -103,6 +103,18 @@ class TestText:
         for sampling in ("--greedy", "--temperature=0.9"):
             assert cli(*options, sampling, "--lookup", "4").out == cli(*options, sampling).out
 
+    def test_rounded_weights_are_those_that_are_scored_and_completed(self, cli):
+        """The last --dtype counts. A completion's log-probabilities are the rounded model's, not the file's."""
+        bf16 = ("--dtype", "bfloat16")
+        lines = {}
+        for kind in ((), ("--quantize", "int8"), ("--quantize", "int4")):
+            options = ("年轻人", "--greedy", "--max-new-tokens", "4", "--json", *bf16, *kind)
+            (line,) = json_lines(cli(*options))
+            lines[kind[-1:]] = line["logprobs"]
+        plain, int8, int4 = lines.values()
+        errors = [max(abs(a - b) for a, b in zip(plain, found, strict=True)) for found in (int8, int4)]
+        assert 0 < errors[0] < errors[1]
+
     def test_threads(self, cli, monkeypatch):
         asked = []
         monkeypatch.setattr(torch, "set_num_threads", asked.append)
@@ -242,6 +254,9 @@ class TestRefusals:
             (("x", "--num-samples", "0"), "--num-samples: expected at least 1, got 0"),
             (("x", "--rows", "0"), "--rows: expected at least 1, got 0"),
             (("x", "--threads", "0"), "--threads: expected at least 1, got 0"),
+            (("x", "--rows", "33"), "--rows: expected at most 32, got 33"),
+            (("x", "--lookup", "32"), "--lookup: expected at most 31, got 32"),
+            (("x", "--quantize", "int8"), "quantize: expected bf16 to compute in, got torch.float32"),
             (("x", "--lookup", "-1"), "--lookup: expected at least 0, got -1"),
             (("x", "--num-samples", "2", "--greedy"), "--num-samples: expected 1 with greedy"),
             (("x", "--stop", ""), "--stop: expected text"),

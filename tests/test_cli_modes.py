@@ -259,12 +259,19 @@ class TestInteractive:
 
     def test_set(self, session, cli):
         done = session(
-            "/set temperature 0", "/set --max-new-tokens 3", "年轻人", "/set top_k x", "/set greedy 1", "/set top_p 2"
+            "/set temperature 0",
+            "/set --max-new-tokens 3",
+            "年轻人",
+            "/set top_k x",
+            "/set greedy 1",
+            "/set top_p 2",
+            "/set max_length 0",
         )
         assert done.out == cli("年轻人", "--max-new-tokens", "3", "--greedy").out
         errors = done.err.splitlines()
         assert errors[0] == "error: /set top_k: expected a number, got 'x'"
         assert errors[1].startswith("error: /set: expected one of temperature, ")
+        assert errors[3] == "error: /set max_length: expected at least 1, got 0"
         assert errors[2] == "error: top_p: expected a number above 0 and up to 1, got 2.0"
 
     def test_commands_are_few_and_text_may_begin_like_one(self, session, cli):

@@ -198,8 +198,9 @@ def measure(
                 try:
                     turn = Turn.of(contenders[name].run(prompts, new_tokens), rows, new_tokens)
                     turns[name] += [turn] if index else []
-                except (InputError, torch.OutOfMemoryError) as error:
-                    failed[name] = str(error).splitlines()[0]
+                except Exception as error:  # memory, or a peer that does not get on with this machine
+                    known = isinstance(error, InputError)
+                    failed[name] = str(error) if known else f"{type(error).__name__}: {error}".splitlines()[0]
             after_turn()
     done = {name: turns[name] for name in contenders if name not in failed}
     return {name: Measured(rows, prompt_tokens, new_tokens, found) for name, found in done.items()}, failed

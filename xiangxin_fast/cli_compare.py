@@ -27,18 +27,24 @@ def compare(
     else:
         records = [record for record in records if _fits_both(record, (first, second), arguments, refused)]
         columns = [samples_of(engine, records, arguments, refused) for engine in (first, second)]
-    names = _names(first, second)
     try:
         for engine, samples in zip((first, second), columns, strict=True):
             complete(engine, samples, arguments, lambda sample, text: None, streams=False)
             engine.release()
-    finally:  # what Ctrl-C left unfinished included
-        for pair in zip(*columns, strict=True):
-            if not arguments.json:
-                _print(pair, names)
-            elif all(sample.finish_reason not in (None, "interrupted") for sample in pair):
-                found = [{"model": name} | completion(sample) for name, sample in zip(names, pair, strict=True)]
-                write_json_line(sys.stdout, described(pair[0].record) | {"completions": found})
+    except KeyboardInterrupt:
+        _show(columns, _names(first, second), arguments.json)
+        raise
+    _show(columns, _names(first, second), arguments.json)
+
+
+def _show(columns: Sequence[Sequence[Sample]], names: Sequence[str], as_json: bool) -> None:
+    """Prints what both made of each prompt; what was interrupted, too, but not as JSON."""
+    for pair in zip(*columns, strict=True):
+        if not as_json:
+            _print(pair, names)
+        elif all(sample.finish_reason not in (None, "interrupted") for sample in pair):
+            found = [{"model": name} | completion(sample) for name, sample in zip(names, pair, strict=True)]
+            write_json_line(sys.stdout, described(pair[0].record) | {"completions": found})
 
 
 def _fits_both(record: Record, engines: Sequence["Engine"], arguments: "Arguments", refused: Refused) -> bool:

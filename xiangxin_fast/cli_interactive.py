@@ -103,6 +103,8 @@ class _Session:
             changes = {name: SETTABLE[group][name](value)}
         except ValueError:
             raise InputError(f"/set {name}: expected a number, got {value!r:.100}") from None
+        if group == "limits" and changes[name] < 1:
+            raise InputError(f"/set {name}: expected at least 1, got {value}")
         if name == "temperature":
             changes["greedy"] = False
         options = dataclasses.replace(getattr(self._arguments, group), **changes)
