@@ -37,7 +37,6 @@ from .quantized import GROUPS, QuantizedWeight, dequantize
 
 MAX_ROWS = 32  # of one product's launch
 
-
 Weight = Tensor | QuantizedWeight
 
 
@@ -285,7 +284,7 @@ def _decode_block_kernels(
         slots = torch.arange(B, device=device)
     tiles = math.ceil(C / min(choose_decode(rows.stop - rows.start, arch_of(device)).block_n for rows in groups))
     counters = torch.empty(B * heads + len(groups) * tiles, dtype=torch.int32, device=device)
-    q, z, out = torch.empty_like(x), x.new_empty(B, K), torch.empty_like(x)
+    q, z, out = x.new_empty(B, C), x.new_empty(B, K), x.new_empty(B, C)
     w_in, w_out = _parts(w_in), _parts(w_out)
     for rows in groups:
         y, place = _normalized(x[rows], ln_w, ln_b, eps), None if slots is None else slots[rows]
@@ -297,10 +296,11 @@ def _decode_block_kernels(
     scratch = _scratch(q, k_cache.shape[1])
     scale = (C // heads) ** -0.5
     _decode_attention(q, k_cache, v_cache, positions, slots, attended, scratch, counters[: B * heads], scale, 1)
-    partial = torch.empty(math.ceil(K / _split_k(K, C, *w_out)), min(B, MAX_ROWS), C, device=device)
+    splits = math.ceil(K / _split_k(K, C, *w_out))
     for i, rows in enumerate(groups):
+        partial = torch.empty(splits, rows.stop - rows.start, C, dtype=torch.float32, device=device)
         mine = counters[B * heads + i * tiles :][:tiles]
-        _decode_project_out(z[rows], *w_out, b_out, x[rows], out[rows], partial[:, : rows.stop - rows.start], mine)
+        _decode_project_out(z[rows], *w_out, b_out, x[rows], out[rows], partial, mine)
     return out
 
 
