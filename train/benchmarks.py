@@ -53,7 +53,7 @@ def read_questions(directory: Path, benchmark: str, split: str) -> dict[str, lis
 
 
 def _questions(file: Path, names: Sequence[str]) -> list[Question]:
-    with file.open(encoding="utf-8-sig", newline="") as stream:
+    with file.open(encoding="utf-8", newline="") as stream:
         rows = csv.DictReader(stream)
         if missing := [name for name in names if name not in (rows.fieldnames or ())]:
             raise InputError(f"{file}: expected columns {', '.join(names)}, got none of {', '.join(missing)}")
