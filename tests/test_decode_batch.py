@@ -125,7 +125,8 @@ class TestSteps:
 
     def test_a_record_keeps_what_it_was_given(self):
         values = torch.tensor([[2.0, 1.0, 7.0, 8.0, 0.0, -0.5, -1.5, 0.0], [1.0, 0.0, 9.0, 0.0, 0.0, -2.5, 0.0, 0.0]])
-        record = Record(values.double(), 1)
+        values = values.double()
+        record = Record(values, 1)
         values.zero_()
         assert record.read() == [([7, 8], [-0.5, -1.5], 1)]
 

@@ -9,7 +9,7 @@ from tests.chi_square import assert_distributed
 from tests.hf import random_model
 from tests.test_generate import PHI_2, prompts_of
 from xiangxin_fast import decode_batch
-from xiangxin_fast.generator import Generator
+from xiangxin_fast.generator import LAG, Generator
 from xiangxin_fast.model import Phi
 from xiangxin_fast.prompt_lookup import draft
 
@@ -103,9 +103,22 @@ def test_a_draft_taken_for_true_would_be_noticed(model, monkeypatch):
     assert Generator(model).generate(PROMPTS, max_length=50, temperature=0, lookup=3) != expected
 
 
-@pytest.mark.parametrize(("limit", "lookup"), list(itertools.product([16, 17, 18, 19, 64], [1, 4])))
-def test_drafts_past_the_end_are_not_run(model, limit, lookup):
-    """A loop, where every draft is right: the last step has fewer places than drafts, at the context's end too."""
+def test_nothing_found_is_nothing_drafted(model):
+    prompt = [1, 2, 3]
+    new = Generator(model).generate([prompt], max_new_tokens=3, temperature=0)[0]
+    assert len({*prompt, *new[:2]}) == 5
+    stream = Generator(model).stream([prompt], max_new_tokens=3, temperature=0, lookup=4)
+    assert [step.token for step in stream] == new
+    assert (stream.drafted, stream.accepted) == (0, 0)
+
+
+@pytest.mark.parametrize("lag", [0, 3])
+@pytest.mark.parametrize(("limit", "lookup"), [*itertools.product([16, 17, 18, 19, 64], [1, 4])])
+def test_drafts_past_the_end_are_not_run(limit, lookup, lag, monkeypatch):
+    """A loop, where every draft is right: the last step has fewer places than drafts, and what a host that runs ahead
+    launches after it has none, at the context's end too.
+    """
+    monkeypatch.setitem(LAG, "cpu", lag)
     model = random_model(PHI_2)
     with torch.no_grad():
         model.head_w.zero_(), model.head_b.zero_()

@@ -194,7 +194,9 @@ class DecodeBatch:
         (n, K), last = tokens.shape, tokens[:, :1]
         offsets = torch.arange(K, device=self._device)
         logits = logits[:, : self._valid_ids].float()
-        seen = self._seen_before(rows, tokens) if self._sampling.penalizes else None
+        seen = None
+        if self._sampling.penalizes:  # drafts are of tokens that were there before
+            seen = self._seen[rows, None, : self._valid_ids].expand(n, K, -1).flatten(0, 1)
         processed = process(logits, self._sampling, self._numbers, seen)
         steps = (lengths - starts + offsets).flatten()
         chosen = choose(processed, self._sampling, keys.expand(n, K).flatten(), steps).view(n, K)
@@ -210,14 +212,6 @@ class DecodeBatch:
             self._seen[rows[:, None], kept] = torch.ones_like(certain)
         self._state[0, rows] = (lengths + count)[:, 0]
         return torch.cat([count, drafted[:, None], chosen, logprobs.double()], 1)
-
-    def _seen_before(self, rows: Tensor, tokens: Tensor) -> Tensor:
-        """Which valid ids stand before each draw: [n K, V], of tokens [n, K] and all before them."""
-        K = tokens.shape[1]
-        seen = self._seen[rows][:, None].repeat(1, K, 1)
-        before = torch.ones(K, K, dtype=torch.bool, device=self._device).tril()
-        seen.scatter_(2, torch.where(before, tokens[:, None], tokens[:, :1, None]), True)
-        return seen[:, :, : self._valid_ids].flatten(0, 1)
 
     def _sent(self, values: Tensor) -> Tensor:
         """`values` on the device; the host does not wait for them to arrive."""
