@@ -25,7 +25,7 @@ WARM = 5  # steps left out: caches fill, threads start
 
 def random_shards(directory: Path, tokens: int) -> None:
     """A data directory of random documents."""
-    tokenizer = Tokenizer.train(["天地玄黄宇宙洪荒" * 8], 280)
+    tokenizer = Tokenizer.train(["天地玄黄宇宙洪荒" * 8], 270)
     tokenizer.save(directory)
     draw, splits = random.Random(0), {}
     for split in SPLITS:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.training import ONE_THREAD, ROOT, SHAPE, config_of, losses_of, make_place, random_batch
-from train import checkpoint, loop
+from train import checkpoint, loop, metrics
 from train.config import TrainConfig, parse
 from train.data import IGNORED, TokenDataset
 from train.loop import accumulate_gradients, build_model, train
@@ -201,12 +201,10 @@ def test_context_beyond_the_model_is_refused(place, tmp_path):
 
 
 def test_failing_sink_is_reported_once_and_training_goes_on(place, tmp_path, monkeypatch, capsys):
-    from torch.utils.tensorboard import SummaryWriter
-
     def fails(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(SummaryWriter, "add_scalar", fails)
+    monkeypatch.setattr(metrics.TensorBoard, "write", fails)
     config = config_of(place, tmp_path / "run", steps=4)
     assert train(config).finished
     assert capsys.readouterr().err.count("No space left on device") == 1
@@ -255,3 +253,13 @@ def test_help_teaches_without_importing_torch(tmp_path):
     assert done.stdout.endswith("0 False\n"), done.stderr
     assert "--init-from" in done.stdout
     assert "Peak learning rate. (default: 0.0015)" in " ".join(done.stdout.split())
+
+
+def test_tensorboard_reads_what_was_written(straight):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(straight.out / "tb"))
+    board.Reload()
+    losses = {event.step: event.value for event in board.Scalars("loss")}
+    assert losses == pytest.approx({step: float.fromhex(loss) for step, loss, _ in losses_of(straight)})
+    assert {"val_loss", "lr", "tokens_per_second", "memory_bytes"} <= set(board.Tags()["scalars"])
