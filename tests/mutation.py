@@ -57,15 +57,13 @@ def _gemm(name: str, old: str, new: str, only: str = "") -> Mutation:
 
 def _decode(name: str, file: str, old: str, new: str, only: str) -> Mutation:
     """`only` names the quickest tests that can notice, as pytest's -k does."""
-    return Mutation(f"decode: {name}", file, old, new, f"tests/kernels/test_decode_kernels.py -k '{only}'")
+    return Mutation(f"decode: {name}", file, old, new, f"tests/kernels/test_decode_kernels.py -k {only}")
 
 
 _GEMV, _DECODE_ATTENTION = "_decode_gemv.py", "_decode_attention.py"
 
 MUTATIONS = [
-    _decode(
-        "a split too many", _DECODE_ATTENTION, "if start >= length:", "if start > length:", "TestRows and attention"
-    ),
+    _decode("a split too many", _DECODE_ATTENTION, "if start >= length:", "if start > length:", "test_attention"),
     _decode(
         "the next position seen",
         _DECODE_ATTENTION,
@@ -78,7 +76,7 @@ MUTATIONS = [
         _DECODE_ATTENTION,
         "        scores += tl.reshape(tail, [SPLIT])\n",
         "",
-        "TestNumerics and attention",
+        "test_attention",
     ),
     _decode("splits not rescaled", _DECODE_ATTENTION, "acc = acc * alpha +", "acc = acc +", "many_splits"),
     _decode(
@@ -86,7 +84,7 @@ MUTATIONS = [
         _GEMV,
         "(x_ptr, 0, offs_b, mask_b, eps,",
         "(x_ptr, 0, offs_b, mask_b, eps + 0.01,",
-        "TestRows and many_rows",
+        "many_rows",
     ),
     _decode(
         "slot in 32 bits", _GEMV, "slot.to(tl.int64) * cache_stride_row", "slot * cache_stride_row", "two_to_the_31"
@@ -96,25 +94,23 @@ MUTATIONS = [
         _GEMV,
         "mask=zeros < counters)",
         "mask=zeros < counters - 1)",
-        "TestNumerics and test_block",
+        "three_heads",
     ),
     _decode(
         "the first split for all",
         _GEMV,
         "first = split.to(tl.int64) * SPLIT_K",
         "first = split.to(tl.int64) * 0",
-        "TestNumerics and test_block",
+        "three_heads",
     ),
     _decode(
         "values rotated too",
         _GEMV,
         "(offs_n < 2 * C)[None, :], rotate",
         "(offs_n < 3 * C)[None, :], rotate",
-        "TestNumerics and test_block",
+        "three_heads",
     ),
-    _decode(
-        "attention's bias alone", _GEMV, "bias_ptr + N + offs_n", "bias_ptr + offs_n", "TestNumerics and test_block"
-    ),
+    _decode("attention's bias alone", _GEMV, "bias_ptr + N + offs_n", "bias_ptr + offs_n", "three_heads"),
     _decode("variance about the first mean", _GEMV, "return mean + correction,", "return mean,", "far_from_zero"),
     _decode(
         "tiles in the wrong order",
