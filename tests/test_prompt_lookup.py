@@ -128,3 +128,18 @@ def test_drafts_past_the_end_are_not_run(limit, lookup, lag, monkeypatch):
     assert [step.token for step in steps] == [7] * (limit - 15)
     assert steps[-1].finish_reason == ("context" if limit == 64 else "length")
     assert stream.drafted == stream.accepted == limit - 15 - 1 - -(-(limit - 16) // (1 + lookup))
+
+
+def test_what_a_step_has_after_an_end_is_thrown_away():
+    """Stopped among tokens of one step, all of them right drafts."""
+    model = random_model(PHI_2)
+    with torch.no_grad():
+        model.head_w.zero_(), model.head_b.zero_()
+        model.head_b[7] = 1.0
+    stream = Generator(model).stream([[7] * 15], temperature=0, lookup=4)
+    tokens = []
+    for step in stream:
+        tokens.append(step.token)
+        if len(tokens) == 3:
+            stream.stop(0)
+    assert tokens == [7] * 3
