@@ -35,7 +35,7 @@ def build_pair(config: PhiConfig, dtype: torch.dtype) -> tuple[Phi, nn.Module]:
     from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
     C, F, R = config.channels, config.mlp_hidden, config.rotary_dim
-    ours = Phi(config, dtype=dtype).requires_grad_(False)
+    ours = Phi(config, dtype=dtype).eval().requires_grad_(False)
     noise = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).mul_(config.init_std).to(dtype)
     for parameter in ours.parameters():
         flat = parameter.view(-1)
@@ -91,7 +91,7 @@ def rounded_copy(model: Phi, kind: str) -> Phi:
     parameters = ((name, values.detach().bfloat16()) for name, values in model.named_parameters())
     for name, value in rounded(parameters, quantization_of(kind, model.config)):
         place(copy, name, value)
-    return copy.requires_grad_(False)
+    return copy.eval().requires_grad_(False)
 
 
 class _Timestamps:

@@ -11,8 +11,10 @@ import torch
 from tests.command_line import CONFIG, run, write_model
 from tests.hf import random_model
 from tests.numerics import assert_no_worse_than_torch
-from xiangxin_fast import benchmark, cli_benchmark, cli_engine
+from xiangxin_fast import benchmark
 from xiangxin_fast.benchmark import Contender, Measured, Turn, copy_bytes_per_s, measure, ours, transformers
+from xiangxin_fast.cli import benchmark as cli_benchmark
+from xiangxin_fast.cli import engine as cli_engine
 from xiangxin_fast.config import PhiConfig
 from xiangxin_fast.errors import InputError
 from xiangxin_fast.generator import Generator

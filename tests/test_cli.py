@@ -17,7 +17,7 @@ from tests.command_line import CONFIG, Outcome, run, write_model
 from tests.hf import oracle
 from tests.numerics import assert_no_worse_than_torch
 from xiangxin_fast.checkpoint import load_pretrained
-from xiangxin_fast.cli_complete import StopMatcher, TextPrinter, write_json_line, write_line
+from xiangxin_fast.cli.complete import StopMatcher, TextPrinter, write_json_line, write_line
 from xiangxin_fast.generator import Generator
 from xiangxin_fast.tokenizer import Tokenizer
 
@@ -304,7 +304,7 @@ class TestRefusals:
         assert (done.code, done.err) == (2, "error: --model: expected a model directory, got none\n")
 
     def test_a_prompt_that_does_not_fit_costs_no_loading(self, cli, monkeypatch):
-        monkeypatch.setattr("xiangxin_fast.cli_engine.load_pretrained", None)
+        monkeypatch.setattr("xiangxin_fast.cli.engine.load_pretrained", None)
         assert "counts the prompt" in cli("年轻人" * 100).err
 
 

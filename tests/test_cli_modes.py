@@ -20,9 +20,11 @@ from safetensors.torch import load_file, save_file
 import xiangxin_fast.generator as generator_module
 from tests.command_line import CONFIG, STEP, run, write_model
 from tests.hf import oracle
-from xiangxin_fast import cli_compare, cli_engine, cli_interactive
-from xiangxin_fast.cli_complete import PICTURES
-from xiangxin_fast.cli_interactive import read_entry
+from xiangxin_fast.cli import compare as cli_compare
+from xiangxin_fast.cli import engine as cli_engine
+from xiangxin_fast.cli import interactive as cli_interactive
+from xiangxin_fast.cli.complete import PICTURES
+from xiangxin_fast.cli.interactive import read_entry
 from xiangxin_fast.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]

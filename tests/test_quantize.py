@@ -260,3 +260,14 @@ def test_phi_2_is_rounded_in_little_more_than_it_takes(tmp_path, kind, limit):
     script = [sys.executable, "-c", LOAD_AND_REPORT, str(tmp_path), kind]
     report = subprocess.run(script, capture_output=True, text=True, check=True, env=os.environ | PATHS)
     assert int(report.stdout) < limit
+
+
+def test_a_generator_lays_out_anew_the_weights_of_a_model_in_evaluation_mode_alone(monkeypatch):
+    """An optimizer of a model in training knows its parameters by their shapes."""
+    monkeypatch.setattr("xiangxin_fast.model.prepack", lambda weight: weight.flatten())
+    model = Phi(PhiConfig.from_preset("demo"), "meta")
+    shape = model.blocks[0].w_in.shape
+    Generator(model)
+    assert model.blocks[0].w_in.shape == shape
+    Generator(model.eval())
+    assert model.blocks[0].w_in.shape == (shape.numel(),)

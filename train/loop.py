@@ -359,7 +359,7 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer, device: torch.device)
         shape = replace(shape, bos_id=tokenizer.eos_id, eos_id=tokenizer.eos_id)
         model, source = Phi(shape, device, torch.float32).init_weights(config.seed), f"preset {config.preset}"
     else:
-        model, source = load_pretrained(config.init_from, device, torch.float32), str(config.init_from)
+        model, source = load_pretrained(config.init_from, device, torch.float32).train(), str(config.init_from)
         if (config.init_from / "tokenizer.json").exists():
             if (found := Tokenizer.load(config.init_from).sha256) != tokenizer.sha256:
                 raise InputError(f"{source}: expected the tokenizer of {config.data}, {tokenizer.sha256}, got {found}")

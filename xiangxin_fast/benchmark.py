@@ -216,7 +216,7 @@ def random_prompts(config: PhiConfig, rows: int, tokens: int, seed: int) -> list
 
 def random_model(config: PhiConfig, device: torch.device, dtype: torch.dtype) -> Phi:
     """Phi with random weights, soon there: one draw of noise again and again, LayerNorms around one."""
-    model = Phi(config, device=device, dtype=dtype).requires_grad_(False)
+    model = Phi(config, device=device, dtype=dtype).eval().requires_grad_(False)
     generator = torch.Generator(device).manual_seed(0)
     noise = torch.empty(1 << 24, device=device).normal_(0, config.init_std, generator=generator).to(dtype)
     for name, parameter in model.named_parameters():

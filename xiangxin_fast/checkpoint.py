@@ -55,7 +55,8 @@ def load_pretrained(
     """The model of a directory in Hugging Face's layout, or of one that `python -m xiangxin_fast.quantize` wrote.
 
     `device` None means the GPU where there is one; `dtype` None means bf16, whatever the file holds. `quantize`, "int8"
-    or "int4", rounds the matrices as they are read; such a model computes in bf16 and has no gradients.
+    or "int4", rounds the matrices as they are read; such a model computes in bf16 and has no gradients. As in
+    transformers the model is in evaluation mode; to train it, call `.train()` first.
     Memory: the model plus its largest layer. InputError where the directory does not fit; with `check_finite` also
     where a weight is NaN or infinite, in `dtype`.
     """
@@ -76,7 +77,7 @@ def load_pretrained(
         parameters = _parameters(model, directory, device, check_finite, f"Loading {directory.name}")
     for name, value in rounded(parameters, wanted) if wanted else parameters:
         place(model, name, value)
-    return model.requires_grad_(not (recorded or wanted))
+    return model.eval().requires_grad_(not (recorded or wanted))
 
 
 def _directory(directory: str | os.PathLike) -> Path:

@@ -1,6 +1,6 @@
 """Completes text with a model directory: `python -m xiangxin_fast.generate --model DIR "prompt"`.
 
-This file is the way in: what the options are is in cli_arguments.py, and what each mode does in a file of its own,
+This file is the way in: what the options are is in cli/arguments.py, and what each mode does in a file of its own,
 loaded when it is asked for: `--help` needs no torch. `Generator`, the engine, is in generator.py.
 """
 
@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .cli_arguments import Arguments, parse
+from .cli.arguments import Arguments, parse
 from .errors import exits_cleanly
 
 REFUSED, INTERRUPTED, BROKEN_PIPE = 1, 130, 141  # the latter two as a shell gives them: 128 + signal
@@ -26,33 +26,33 @@ def run(arguments: Arguments) -> int:
     """The command line without its parsing; the exit code. InputError on what does not fit."""
     nothing_to_do = not arguments.prompts and arguments.input is None
     if arguments.benchmark:
-        from .cli_benchmark import benchmark
+        from .cli.benchmark import benchmark
 
         benchmark(arguments)
         return 0
     if arguments.interactive or (nothing_to_do and sys.stdin.isatty() and not (arguments.score or arguments.compare)):
-        from .cli_interactive import interactive
+        from .cli.interactive import interactive
 
         interactive(arguments)
         return 0
-    from .cli_prompts import Refused, read_records
+    from .cli.prompts import Refused, read_records
 
     refused = Refused()
     records = read_records(arguments, refused)
-    from .cli_engine import Engine, use_threads
+    from .cli.engine import Engine, use_threads
 
     use_threads(arguments.machine)
     engine = Engine(arguments.model, arguments.machine)
     if arguments.score:
-        from .cli_score import score_records
+        from .cli.score import score_records
 
         score_records(engine, records, arguments, refused)
     elif arguments.compare:
-        from .cli_compare import compare
+        from .cli.compare import compare
 
         compare(engine, Engine(arguments.compare, arguments.machine), records, arguments, refused)
     else:
-        from .cli_complete import complete_records
+        from .cli.complete import complete_records
 
         complete_records(engine, records, arguments, refused)
     return REFUSED if refused.count else 0

@@ -48,14 +48,16 @@ class Generator:
     """Completes prompts with `model`. `valid_ids`: ids from here on have no token and are never chosen (default: none).
 
     At most `rows` samples (1..32) are decoded together; the others wait, and each takes the place of one that has
-    finished. Cache and buffers are kept for the next call and grow only when one needs more. Prompts that begin alike
-    share the work of prefilling whole chunks within one call, not across calls: the weights may have changed since.
+    finished. A model in evaluation mode has its weights laid out anew where it then decodes faster (`Phi.prepack`);
+    one that is being trained keeps its own. Cache and buffers are kept for the next call and grow only when one needs
+    more. Prompts that begin alike share the work of prefilling whole chunks within one call, not across calls: the
+    weights may have changed since.
     """
 
     def __init__(self, model: Phi, *, valid_ids: int | None = None, rows: int = 8):
         if not 1 <= rows <= MAX_ROWS:
             raise InputError(f"rows: expected 1..{MAX_ROWS} samples to decode together, got {rows}")
-        self.model, self.rows = model.prepack(), rows
+        self.model, self.rows = model if model.training else model.prepack(), rows
         self.valid_ids = min(valid_ids or model.config.vocab, model.config.vocab)
         self._idle: DecodeBatch | None = None
 

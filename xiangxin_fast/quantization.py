@@ -74,7 +74,7 @@ def quantize_model(model: Phi, kind: str) -> Phi:
     parameters = ((name, model.get_parameter(name).detach()) for name, _ in list(model.named_parameters()))
     for name, value in rounded(parameters, quantization_of(kind, model.config)):
         place(model, name, value)
-    return model.requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 def require_bf16(dtype: torch.dtype) -> None:

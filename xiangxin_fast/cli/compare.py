@@ -8,13 +8,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .cli_complete import PICTURES, Sample, complete, completion, described, samples_of, sampling_of, write_json_line
-from .cli_prompts import Record, Refused
-from .errors import InputError
+from xiangxin_fast.errors import InputError
+
+from .complete import PICTURES, Sample, complete, completion, described, samples_of, sampling_of, write_json_line
+from .prompts import Record, Refused
 
 if TYPE_CHECKING:
-    from .cli_arguments import Arguments
-    from .cli_engine import Engine
+    from .arguments import Arguments
+    from .engine import Engine
 
 
 def compare(

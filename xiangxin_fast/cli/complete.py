@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .cli_prompts import Record, Refused
-from .errors import InputError
-from .sampling import Sampling
+from xiangxin_fast.errors import InputError
+from xiangxin_fast.sampling import Sampling
+
+from .prompts import Record, Refused
 
 if TYPE_CHECKING:
-    from .cli_arguments import Arguments
-    from .cli_engine import Engine
-    from .generator import Step
+    from xiangxin_fast.generator import Step
+
+    from .arguments import Arguments
+    from .engine import Engine
 
 DEFAULT_NEW_TOKENS = 256
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from .errors import InputError, one_line_complaints
+from xiangxin_fast.errors import InputError, one_line_complaints
 
 PROGRAM = "python -m xiangxin_fast.generate"
 

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .cli_complete import token_bar, write_json_line, write_line
-from .cli_prompts import Record, Refused
-from .errors import InputError
-from .score import window_logprobs
+from xiangxin_fast.errors import InputError
+from xiangxin_fast.score import window_logprobs
+
+from .complete import token_bar, write_json_line, write_line
+from .prompts import Record, Refused
 
 if TYPE_CHECKING:
-    from .cli_arguments import Arguments
-    from .cli_engine import Engine
+    from .arguments import Arguments
+    from .engine import Engine
 
 
 @dataclass(frozen=True)

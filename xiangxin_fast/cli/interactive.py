@@ -7,13 +7,14 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .cli_complete import TextPrinter, complete, samples_of, sampling_of
-from .cli_engine import Engine, use_threads
-from .cli_prompts import Record
-from .errors import InputError
+from xiangxin_fast.errors import InputError
+
+from .complete import TextPrinter, complete, samples_of, sampling_of
+from .engine import Engine, use_threads
+from .prompts import Record
 
 if TYPE_CHECKING:
-    from .cli_arguments import Arguments
+    from .arguments import Arguments
 
 HELP = "/more goes on; /set NAME VALUE (temperature 0.7); //x completes /x; Ctrl-C stops a completion, Ctrl-D leaves"
 SAMPLING = {

@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .checkpoint import load_pretrained
-from .config import PhiConfig
-from .decode_batch import MAX_ROWS
-from .errors import InputError
-from .generator import Generator
-from .hf_config import read_config
-from .kv_cache import free_bytes
-from .model import DEFAULT_DTYPE, Phi
-from .quantization import entries_of, quantization_of
-from .strict_files import file_of
-from .tokenizer import Tokenizer
+from xiangxin_fast.checkpoint import load_pretrained
+from xiangxin_fast.config import PhiConfig
+from xiangxin_fast.decode_batch import MAX_ROWS
+from xiangxin_fast.errors import InputError
+from xiangxin_fast.generator import Generator
+from xiangxin_fast.hf_config import read_config
+from xiangxin_fast.kv_cache import free_bytes
+from xiangxin_fast.model import DEFAULT_DTYPE, Phi
+from xiangxin_fast.quantization import entries_of, quantization_of
+from xiangxin_fast.strict_files import file_of
+from xiangxin_fast.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from .cli_arguments import MachineOptions
+    from .arguments import MachineOptions
 
 
 def use_threads(machine: "MachineOptions") -> None:

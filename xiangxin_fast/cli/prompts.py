@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from .errors import InputError
-from .strict_files import parse_json
+from xiangxin_fast.errors import InputError
+from xiangxin_fast.strict_files import parse_json
 
 if TYPE_CHECKING:
-    from .cli_arguments import Arguments
-    from .tokenizer import Tokenizer
+    from xiangxin_fast.tokenizer import Tokenizer
+
+    from .arguments import Arguments
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .benchmark import Contender, Measured, copy_bytes_per_s, measure, ours, random_model, transformers
-from .checkpoint import load_pretrained
-from .cli_complete import write_json_line
-from .cli_engine import default_device, device_of, dtype_of, require_memory, use_threads
-from .config import PhiConfig
-from .errors import InputError
-from .hf_config import read_config
-from .model import DEFAULT_DTYPE, Phi
-from .quantization import quantize_model
-from .strict_files import file_of
+from xiangxin_fast.benchmark import Contender, Measured, copy_bytes_per_s, measure, ours, random_model, transformers
+from xiangxin_fast.checkpoint import load_pretrained
+from xiangxin_fast.config import PhiConfig
+from xiangxin_fast.errors import InputError
+from xiangxin_fast.hf_config import read_config
+from xiangxin_fast.model import DEFAULT_DTYPE, Phi
+from xiangxin_fast.quantization import quantize_model
+from xiangxin_fast.strict_files import file_of
+
+from .complete import write_json_line
+from .engine import default_device, device_of, dtype_of, require_memory, use_threads
 
 if TYPE_CHECKING:
-    from .cli_arguments import Arguments
+    from .arguments import Arguments
 
 NEW_TOKENS = {"cuda": 64, "cpu": 8}
 ROWS = {"cuda": (1, 4, 8, 32), "cpu": (1,)}
@@ -70,7 +71,7 @@ def _model(arguments: "Arguments", quantize: str | None) -> Phi:
 
 def _peer(model: Phi) -> dict[str, Contender]:
     """transformers with the weights of `model`. InputError where it is not there or does not work."""
-    from .hf_peer import causal_lm
+    from xiangxin_fast.hf_peer import causal_lm
 
     try:
         return {HF: transformers(causal_lm(model, share=True), model.config)}

@@ -1,0 +1,1 @@
+"""The modes of `python -m xiangxin_fast.generate`, a file each, and what they share."""
