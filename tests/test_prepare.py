@@ -4,10 +4,8 @@ import functools
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -207,6 +205,18 @@ class TestRefusals:
         with pytest.raises(InputError, match="to go on with the same units;"):
             prepare.shards([source], out=tmp_path / "out", tokenizer=tokenizer_dir)
 
+    def test_a_cut_file_of_an_unfinished_run_is_made_again(self, tokenizer_dir, tmp_path, monkeypatch):
+        source = write_jsonl(tmp_path / "a.jsonl", [{"text": article(seed, 90)} for seed in range(9)])
+        with monkeypatch.context() as patch:
+            patch.setattr(tokens, "plan_shards", None)
+            with pytest.raises(TypeError):
+                prepare.shards([source], out=tmp_path / "out", tokenizer=tokenizer_dir)
+        (texts,) = (tmp_path / "out").rglob("*.text")
+        os.truncate(texts, texts.stat().st_size // 2)
+        for out in ("out", "straight"):
+            prepare.shards([source], out=tmp_path / out, tokenizer=tokenizer_dir)
+        assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "straight")
+
     def test_text_without_a_usable_record_is_an_error(self, tokenizer_dir, tmp_path):
         source = write_jsonl(tmp_path / "a.jsonl", [{"x": "y"}])
         with pytest.raises(InputError, match="found none to keep"):
@@ -299,87 +309,6 @@ class TestCommand:
         assert done.returncode == 0
         for word in ("shards", "tokenizer", "verify", "stats", "NAME:WEIGHT=PATH"):
             assert word in done.stdout
-
-
-CHUNKS = {"MIN_UNIT_BYTES": 1 << 12, "MAX_UNIT_BYTES": 1 << 12}
-KILLED = """
-import os, sys
-from pathlib import Path
-from train import prepare
-from train.corpus import clean, files, tokens
-files.MIN_UNIT_BYTES = files.MAX_UNIT_BYTES = 1 << 12
-tokens.MIN_SHARD_BYTES = tokens.MAX_SHARD_BYTES = 1 << 13
-calls = 0
-def audit(event, arguments):
-    global calls
-    if event in ("open", "os.rename", "os.remove", "os.rmdir") and "out" in str(arguments[0]):
-        calls += 1
-        if calls == int(sys.argv[1]):
-            os.kill(os.getpid(), 9)
-sys.addaudithook(audit)
-arguments = {"tokenizer": None, "vocab": 300, "benchmarks": (Path("gsm8k.jsonl"),), "holdout": 0.1, "workers": 1}
-prepare.shards([Path("a.jsonl")], out=Path("out"), **arguments)
-"""
-
-
-def test_killed_before_any_touch_of_a_file_the_bytes_are_the_same(tmp_path, monkeypatch):
-    """The process dies before its n-th opening, renaming or removing of a file in the output directory, for some n."""
-    rng = random.Random(3)
-    texts = [article(seed, 120) for seed in range(60)]
-    texts += [*rng.choices(texts, k=6), *(text[:50] + "新" + text[50:] for text in texts[:6]), "短"]
-    write_jsonl(tmp_path / "a.jsonl", [*({"text": text} for text in texts), b"{"])
-    (tmp_path / "gsm8k.jsonl").write_text(json.dumps({"question": texts[3][:60], "answer": "1"}) + "\n")
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-
-    def killed_at(call: int) -> int:
-        command = [sys.executable, "-c", KILLED, str(call)]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True).returncode
-
-    assert killed_at(-1) == 0
-    expected = bytes_of(tmp_path / "out")
-    assert len(Manifest.load(tmp_path / "out").splits["train"].shards) >= 2
-    for place in (rng.randint(2, 40), rng.randint(60, 160)):
-        (tmp_path / "out").rename(tmp_path / f"done-{place}")
-        deaths = 0
-        while killed_at(place) == -signal.SIGKILL:
-            deaths += 1
-            place += 110  # so that the run comes further each time
-            assert not (tmp_path / "out" / "manifest.json").exists() or deaths > 3
-        assert deaths >= 2
-        assert bytes_of(tmp_path / "out") == expected
-
-
-def kill_at_random(corpus: Path, tokenizer_dir: Path, out: Path, kills: int, first: float) -> None:
-    """Runs prepare.py in two processes and kills it and, by its absence, them `kills` times; then lets it finish."""
-    command = [sys.executable, str(ROOT / "train" / "prepare.py"), str(corpus / "corpus"), "--out", str(out)]
-    command += ["--tokenizer", str(tokenizer_dir), "--benchmarks", str(corpus / "benchmark"), "--workers", "2"]
-    rng, wait = random.Random(1), first
-    for _ in range(kills):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(wait * rng.uniform(0.7, 1.3))
-        process.kill()
-        if process.wait() == 0:
-            break
-    assert subprocess.run(command, capture_output=True).returncode in (0, 2)
-
-
-def same_after_kills(tmp_path: Path, tokenizer_dir: Path, megabytes: float, first: float) -> None:
-    write_corpus(tmp_path / "made", megabytes, copies=0.6)
-    options = {"tokenizer": tokenizer_dir, "benchmarks": (tmp_path / "made" / "benchmark",), "workers": 1}
-    prepare.shards([tmp_path / "made" / "corpus"], out=tmp_path / "straight", **options)
-    kill_at_random(tmp_path / "made", tokenizer_dir, tmp_path / "killed", kills=5, first=first)
-    straight, killed = bytes_of(tmp_path / "straight"), bytes_of(tmp_path / "killed")
-    assert straight.keys() == killed.keys()
-    assert [name for name in straight if straight[name] != killed[name]] == []
-
-
-def test_20_mb_with_one_process_and_with_two_killed_five_times(tokenizer_dir, tmp_path):
-    same_after_kills(tmp_path, tokenizer_dir, 20, first=1.6)
-
-
-@pytest.mark.slow
-def test_100_mb_with_one_process_and_with_two_killed_five_times(tokenizer_dir, tmp_path):
-    same_after_kills(tmp_path, tokenizer_dir, 100, first=8)
 
 
 def test_made_up_corpus_gives_up_what_was_planted(tokenizer_dir, tmp_path):
