@@ -123,6 +123,22 @@ class TestSteps:
         torch.zeros(1).item()
         assert looks == ["item"]
 
+    def test_rows_begin_at_multiples_of_16_bytes_and_hold_no_id_without_a_token(self, model, monkeypatch):
+        """A GPU's softmax gives a row other bits where they do not: they would depend on its place in the batch."""
+        plain, found = decode_batch.process, []
+        monkeypatch.setattr(decode_batch, "process", lambda logits, *rest: found.append(logits) or plain(logits, *rest))
+        Generator(model, valid_ids=101).generate(prompts_of(PHI_2, 3, 5), max_new_tokens=2, repetition_penalty=1.2)
+        logits = torch.stack(found[:2])  # of the first tokens, drawn one by one
+        assert logits.is_contiguous()
+        assert logits.stride(1) * logits.itemsize % 16 == 0
+        assert torch.equal(logits.isneginf(), (torch.arange(logits.shape[2]) >= 101).expand_as(logits))
+
+    def test_buffers_outlive_inference_mode(self, model):
+        engine, prompts = Generator(model), prompts_of(PHI_2, 3, 5)
+        with torch.inference_mode():
+            inside = engine.generate(prompts, max_new_tokens=4, repetition_penalty=1.2)
+        assert engine.generate(prompts, max_new_tokens=4, repetition_penalty=1.2) == inside
+
     def test_a_record_keeps_what_it_was_given(self):
         values = torch.tensor([[2.0, 1.0, 7.0, 8.0, 0.0, -0.5, -1.5, 0.0], [1.0, 0.0, 9.0, 0.0, 0.0, -2.5, 0.0, 0.0]])
         values = values.double()

@@ -65,6 +65,15 @@ class TestAgainstTransformers:
         kept = keep_top_p(torch.zeros(1, 8), 0.5).isfinite()
         assert kept.tolist() == [[False] * 4 + [True] * 4]
 
+    def test_top_p_is_the_same_in_any_order_of_addition(self, monkeypatch):
+        """That of a GPU depends on the rows beside. Each p here is a border in the order of a CPU."""
+        values = logits(1, seed=2)
+        borders = values.sort().values.softmax(-1).cumsum(-1)[0, ::7].tolist()
+        expected, plain = [keep_top_p(values, 1 - border) for border in borders], torch.Tensor.cumsum
+        monkeypatch.setattr(torch.Tensor, "cumsum", lambda t, dim: t.sum(dim) - plain(t.flip(dim), dim).flip(dim) + t)
+        for border, kept in zip(borders, expected, strict=True):
+            assert torch.equal(keep_top_p(values, 1 - border), kept)
+
     @pytest.mark.parametrize("p", [1e-6, 0.05, 0.5, 1.0])
     def test_min_p(self, p):
         assert torch.equal(keep_min_p(logits(), p), MinPLogitsWarper(p)(NO_IDS, logits()))

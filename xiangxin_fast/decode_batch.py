@@ -6,14 +6,16 @@ then replayed, while the host collects what came out a step later. On a CPU the 
 
 A sequence lives in a slot: a row of the cache and of every buffer here. The rows of a step are slots in any order, so
 sequences come and go without anything being moved. A graph of n rows serves fewer: the last is repeated, and equal rows
-write equal bits. In the same way what is no draft, or one past its
-sequence's end, repeats the row before the drafts.
+write equal bits. In the same way what is no draft, or one past its sequence's end, repeats the row before the drafts.
 """
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .kv_cache import KVCache
@@ -29,6 +31,10 @@ MAX_ROWS = ROW_BUCKETS[-1]  # of one decode step; the decode kernels go no furth
 # 512 are as fast a token as more, and less of a chunk is lost where prompts part within one.
 PREFILL_CHUNK = {"cuda": 1024, "cpu": 512}
 CAPTURES = {"cuda"}  # devices on which a step becomes a graph
+
+# Columns of the logits that are drawn from are made whole fours: a GPU's softmax adds a row up in an order that depends
+# on how far its first number is from a multiple of 16 bytes, and so, without this, on its place in the batch.
+ALIGNED_COLUMNS = 4
 
 
 class Emitted(NamedTuple):
@@ -64,10 +70,19 @@ class Record:
         return emitted
 
 
+@functools.cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """One for all captures of a device, since memory passes within a stream alone.
+
+    torch's default is one for all devices, on that of the first capture of all.
+    """
+    return torch.cuda.Stream(device)
+
+
 def capture(step: Callable[[], Tensor], pool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """`step` as a CUDA graph with temporaries from `pool` (None: one of its own), and where it leaves its result."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=pool, stream=_capture_stream(torch.cuda.current_device())):
         result = step()
     return graph, result
 
@@ -85,6 +100,7 @@ class DecodeBatch:
     Only ids below `valid_ids` are ever drawn.
     """
 
+    @torch.inference_mode(False)  # buffers born in inference mode could not be written outside of it
     def __init__(self, model: Phi, slots: int, positions: int, valid_ids: int):
         self.model, self.slots = model, slots
         self._valid_ids, self._device = valid_ids, model.embed.device
@@ -98,7 +114,8 @@ class DecodeBatch:
             return torch.zeros(shape, dtype=dtype, device=self._device)
 
         self._history = zeros(slots, self.cache.positions)
-        self._seen = zeros(slots, model.config.vocab, dtype=torch.bool)
+        self._columns = -(-model.config.vocab // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
+        self._seen = zeros(slots, self._columns, dtype=torch.bool)
         # Of each slot: the tokens it has, the tokens it may have, the tokens of its prompt, the key of its draws.
         self._state = zeros(4, slots)
         self._rows, self._sent_rows = zeros(MAX_ROWS), []
@@ -194,9 +211,10 @@ class DecodeBatch:
         (n, K), last = tokens.shape, tokens[:, :1]
         offsets = torch.arange(K, device=self._device)
         logits = logits[:, : self._valid_ids].float()
+        logits = F.pad(logits, (0, self._columns - self._valid_ids), value=-math.inf)
         seen = None
         if self._sampling.penalizes:  # drafts are of tokens that were there before
-            seen = self._seen[rows, None, : self._valid_ids].expand(n, K, -1).flatten(0, 1)
+            seen = self._seen[rows, None].expand(n, K, -1).flatten(0, 1)
         processed = process(logits, self._sampling, self._numbers, seen)
         steps = (lengths - starts + offsets).flatten()
         chosen = choose(processed, self._sampling, keys.expand(n, K).flatten(), steps).view(n, K)

@@ -74,7 +74,10 @@ def keep_top_p(logits: Tensor, p: float | Tensor) -> Tensor:
     Of equals at the border the lower ids go first.
     """
     ascending, ids = logits.sort(stable=True)
-    removed = ascending.softmax(-1).cumsum(-1) <= 1 - p
+    # Added up as whole numbers, which gives the same in any order: a GPU's order depends on the number of rows, and for
+    # one row alone on which of its blocks is first.
+    sums = (ascending.softmax(-1).double() * 2.0**60).long().cumsum(-1)
+    removed = sums.float() * 2.0**-60 <= 1 - p
     removed[:, -1].fill_(False)
     return logits.masked_fill(torch.zeros_like(removed).scatter(1, ids, removed), -math.inf)
 
