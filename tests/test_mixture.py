@@ -15,6 +15,7 @@ from train import mixture
 from train.loop import train
 from train.mixture import BLOCK, HeldOut, Mixture, same_past
 from train.prepare import shards
+from train.shards import Manifest
 from xiangxin_fast.errors import InputError
 from xiangxin_fast.tokenizer import Tokenizer
 
@@ -49,6 +50,29 @@ def test_directory_is_a_mixture_of_one_in_its_own_order(place):
     for index in (0, 1, BLOCK - 1, BLOCK, 2 * BLOCK + 17):
         for one, other in zip(mixed.sample(index), plain.sample(index), strict=True):
             assert np.array_equal(one, other)
+
+
+def test_sources_of_one_directory_are_drawn_by_weight_and_by_name(place, tmp_path):
+    """One directory of two sources: by weight, and each alone as DIR#NAME; held out is the whole directory."""
+    inputs = [f"zh={place / 'maths.txt'}", f"code:3={place / 'code.txt'}"]
+    shards(inputs, out=tmp_path / "both", tokenizer=place / "shards", holdout_files=(place / "validation.txt",))
+    records = {shard.source: shard.tokens for shard in Manifest.load(tmp_path / "both").splits["train"].shards}
+    mixed = Mixture(tmp_path / "both", CONTEXT, seed=3)
+    drawn = Counter(mixed.locate(index)[0].name for index in range(BLOCK))
+    assert drawn.keys() == {"both#zh", "both#code"}
+    assert abs(drawn["both#code"] / drawn["both#zh"] - 3 * records["code"] / records["zh"]) < 0.02
+    assert mixed.tokenizer_directory == tmp_path / "both"
+    code = Mixture(write(tmp_path, (0, {"both#code": 1})), CONTEXT, seed=3)
+    alone = mixture.TokenDataset(place / "code", "train", CONTEXT, 3)
+    assert len(code) == len(alone)
+    for index in (0, len(alone) - 1):
+        assert np.array_equal(code.sample(index)[0], alone.sample(index)[0])
+    assert code.description() != mixed.description()
+    held_out = mixture.TokenDataset(tmp_path / "both", "validation", CONTEXT, 3)
+    for data in ("both", "mix.json"):
+        assert len(HeldOut(tmp_path / data, CONTEXT, seed=3)) == len(held_out)
+    with pytest.raises(InputError, match="both#maths: expected over"):
+        Mixture(write(tmp_path, (0, {"both#maths": 1})), CONTEXT, seed=3)
 
 
 def test_shares_are_exact_in_each_thousand_and_each_source_goes_through_its_samples_in_order(place):
@@ -118,7 +142,7 @@ def test_file_that_is_no_mixture_is_one_line(place, content, complaint):
 
 def test_sources_of_two_tokenizers_are_refused(place, tmp_path):
     (tmp_path / "other.txt").write_text(make_text(20, 5), encoding="utf-8")
-    shards([tmp_path / "other.txt"], out=tmp_path / "other", vocab=280, holdout_files=(tmp_path / "other.txt",))
+    shards([tmp_path / "other.txt"], out=tmp_path / "other", vocab=280, holdout_files=(place / "validation.txt",))
     (tmp_path / "shards").symlink_to(place / "shards")
     with pytest.raises(InputError, match="other: expected the tokenizer of "):
         Mixture(write(tmp_path, (0, {"shards": 1, "other": 1})), CONTEXT, seed=3)

@@ -90,19 +90,23 @@ class Samples:
 class TokenDataset(Samples):
     """Samples of `context` tokens of one split ("train" or "validation")."""
 
-    def __init__(self, directory: str | Path, split: str, context: int, seed: int):
-        """Raises InputError where the directory is not whole or the split has no sample of `context` tokens."""
+    def __init__(self, directory: str | Path, split: str, context: int, seed: int, source: str | None = None):
+        """`source`: only what is of it. InputError where the directory is not whole or has no such sample."""
         if split not in SPLITS:
             raise InputError(f"data: expected a split of {', '.join(SPLITS)}, got {split!r}")
         self.manifest = Manifest.load(directory)
         self.context, self.seed = context, seed
-        shards = self.manifest.splits[split].shards
-        self._shards = [Shard(directory, self.manifest, split, number) for number in range(len(shards))]
+        self._shards = [
+            Shard(directory, self.manifest, split, number)
+            for number, record in enumerate(self.manifest.splits[split].shards)
+            if source in (None, record.source)
+        ]
         self._ends = np.cumsum([shard.tokens for shard in self._shards], dtype=np.int64)
-        tokens = self.manifest.splits[split].tokens
+        tokens = sum(shard.tokens for shard in self._shards)
         self._length = (tokens - 1) // context
         if self._length < 1:
-            raise InputError(f"{directory}: expected over {context} tokens in split {split!r}, found {tokens}")
+            name = f"{directory}#{source}" if source else directory
+            raise InputError(f"{name}: expected over {context} tokens in split {split!r}, found {tokens}")
 
     def __len__(self) -> int:
         return self._length

@@ -5,6 +5,9 @@
     {"phases": [{"from_sample": 0, "sources": {"zh": 1}},
                 {"from_sample": 73242188, "sources": {"zh": 0.6, "maths": 0.2, "code": 0.2}}]}
 
+DIR#NAME is the source that prepare.py was given as NAME=PATH. A directory that was given sources of different weights
+is a mixture by itself: each has a share of its weight times its tokens.
+
 A source's weight is its share of the samples, in thousandths. From sample `from_sample` on (step x --batch of a run in
 which no samples were left out) a phase holds; a phase can be added to a run as long as it has not come that far. Which
 sample of which source a number stands for is a pure function: of each 1,000 samples in a row a source gives its share,
@@ -15,6 +18,7 @@ epochs, without a gap from one phase to the next.
 import bisect
 import functools
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,22 +28,23 @@ from xiangxin_fast.errors import InputError
 from xiangxin_fast.strict_files import read_json
 
 from .data import Batch, Samples, TokenDataset, permuted, round_keys
+from .shards import Manifest
 
 BLOCK = 1000
 
 
 @dataclass(frozen=True)
 class Phase:
-    """From sample `first` on, `shares[directory]` of each BLOCK samples come from a directory."""
+    """From sample `first` on, `shares[source]` of each BLOCK samples come from a source: DIR or DIR#NAME."""
 
     first: int
     shares: dict[Path, int]
 
 
 def read_phases(data: Path) -> list[Phase]:
-    """The phases that `--data` names: a directory is one phase of one source. InputError on a file that is none."""
+    """The phases that `--data` names: a directory is one phase. InputError on a file that is none."""
     if not data.is_file():
-        return [Phase(0, {data: BLOCK})]
+        return [Phase(0, _shares_of_directory(data))]
     content = read_json(data)
     try:
         phases = [
@@ -53,6 +58,26 @@ def read_phases(data: Path) -> list[Phase]:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise InputError(f"{data}: not a mixture (python train/run.py --help shows one): {reason}") from None
     return phases
+
+
+def _shares_of_directory(directory: Path) -> dict[Path, int]:
+    manifest = Manifest.load(directory)
+    tokens = Counter()
+    for shard in manifest.splits["train"].shards:
+        tokens[shard.source] += shard.tokens
+    weights = {name: manifest.sources[name].weight for name in tokens}
+    if len(set(weights.values())) < 2:
+        return {directory: BLOCK}
+    try:
+        return _shares({directory.with_name(f"{directory.name}#{n}"): w * tokens[n] for n, w in weights.items()})
+    except ValueError as error:
+        raise InputError(f"{directory}: {error}") from None
+
+
+def _parted(source: Path) -> tuple[Path, str | None]:
+    """Directory and name of a source: DIR#NAME, or DIR."""
+    directory, _, name = source.name.partition("#")
+    return source.with_name(directory), name or None
 
 
 def _shares(weights: dict[Path, float]) -> dict[Path, int]:
@@ -69,15 +94,21 @@ def _shares(weights: dict[Path, float]) -> dict[Path, int]:
     return shares
 
 
-def _open(phases: list[Phase], split: str, context: int, seed: int) -> dict[Path, TokenDataset]:
+def _sources(phases: list[Phase]) -> list[Path]:
+    return list(dict.fromkeys(source for phase in phases for source in phase.shares))
+
+
+def _open(sources: list[Path], split: str, context: int, seed: int) -> dict[Path, TokenDataset]:
     """Each source's split. InputError where two were not made with one tokenizer."""
-    directories = list(dict.fromkeys(source for phase in phases for source in phase.shares))
-    sources = {directory: TokenDataset(directory, split, context, seed) for directory in directories}
-    expected = sources[directories[0]].manifest.tokenizer_sha256
-    for directory, source in sources.items():
-        if (found := source.manifest.tokenizer_sha256) != expected:
-            raise InputError(f"{directory}: expected the tokenizer of {directories[0]}, {expected}, got {found}")
-    return sources
+    opened = {}
+    for source in sources:
+        directory, name = _parted(source)
+        opened[source] = TokenDataset(directory, split, context, seed, name)
+    expected = opened[sources[0]].manifest.tokenizer_sha256
+    for source, dataset in opened.items():
+        if (found := dataset.manifest.tokenizer_sha256) != expected:
+            raise InputError(f"{source}: expected the tokenizer of {sources[0]}, {expected}, got {found}")
+    return opened
 
 
 class Mixture(Samples):
@@ -87,7 +118,7 @@ class Mixture(Samples):
         """Raises InputError where the file or a directory is not whole, or tokenizers differ."""
         self.seed = seed
         self._phases = read_phases(data)
-        self._sources = _open(self._phases, "train", context, seed)
+        self._sources = _open(_sources(self._phases), "train", context, seed)
         self._firsts = [phase.first for phase in self._phases]
         self._offsets = [dict.fromkeys(self._sources, 0)]  # samples each source has given before each phase
         for number in range(1, len(self._phases)):
@@ -99,7 +130,7 @@ class Mixture(Samples):
     @property
     def tokenizer_directory(self) -> Path:
         """Where the tokenizer of all sources is."""
-        return next(iter(self._sources))
+        return _parted(next(iter(self._sources)))[0]
 
     def locate(self, index: int) -> tuple[Path, int]:
         """Source and number in it of global sample `index`."""
@@ -121,11 +152,13 @@ class Mixture(Samples):
 
     def description(self) -> list[dict]:
         """What decides the order, phase by phase: the shares of the sources by the sha256 of their manifests."""
-        sha256 = {
-            source: hashlib.sha256((source / "manifest.json").read_bytes()).hexdigest() for source in self._sources
-        }
+        known = {}
+        for source in self._sources:
+            directory, name = _parted(source)
+            sha256 = hashlib.sha256((directory / "manifest.json").read_bytes()).hexdigest()
+            known[source] = f"{sha256}#{name}" if name else sha256
         return [
-            {"from_sample": phase.first, "sources": [[sha256[s], share] for s, share in phase.shares.items()]}
+            {"from_sample": phase.first, "sources": [[known[s], share] for s, share in phase.shares.items()]}
             for phase in self._phases
         ]
 
@@ -160,10 +193,11 @@ def same_past(written: list[dict], mine: list[dict], sample: int) -> bool:
 
 
 class HeldOut(Samples):
-    """The validation samples of all sources that `--data` names, in turn, as far as the shortest goes."""
+    """The validation samples of all directories that `--data` names, in turn, as far as the shortest goes."""
 
     def __init__(self, data: Path, context: int, seed: int):
-        self._sources = list(_open(read_phases(data), "validation", context, seed).values())
+        directories = list(dict.fromkeys(_parted(source)[0] for source in _sources(read_phases(data))))
+        self._sources = list(_open(directories, "validation", context, seed).values())
 
     def __len__(self) -> int:
         return len(self._sources) * min(len(source) for source in self._sources)
