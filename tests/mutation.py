@@ -1,8 +1,8 @@
-"""Breaks a kernel on purpose and shows that its tests notice: `python -m tests.mutation [word of a name ...]`.
+"""Breaks the project on purpose and shows that its tests notice: `python -m tests.mutation [word of a name ...]`.
 
-Each mutation is one change of text in a copy of the kernels package; the named tests run against the copy in Triton's
-interpreter and must fail. A mutant that lives is a test that is missing. Add some with every kernel: a mask that is one
-too wide, a swapped axis, a dropped term, a scale left out, an offset in 32 bits.
+Each mutation is one change of text in a copy of the project; the named tests run in the copy, those of kernels in
+Triton's interpreter, and must fail. A mutant that lives is a test that is missing. Add some with every kernel: a mask
+that is one too wide, a swapped axis, a dropped term, a scale left out, an offset in 32 bits.
 """
 
 import os
@@ -16,22 +16,24 @@ from pathlib import Path
 from rich.console import Console
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = "kernels/xiangxin_kernels"
+KERNELS = "kernels/xiangxin_kernels"
+COPIED = ("bench", "kernels", "tests", "train", "xiangxin_fast")
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """Replaces `old`, which occurs exactly once in kernels/xiangxin_kernels/`file`, by `new`."""
+    """Replaces `old`, which occurs exactly once in `file` of `package`, by `new`."""
 
     name: str
     file: str
     old: str
     new: str
     tests: str  # what must notice, as arguments of pytest
+    package: str = KERNELS
 
     @property
     def source(self) -> str:
-        return (ROOT / PACKAGE / self.file).read_text()
+        return (ROOT / self.package / self.file).read_text()
 
 
 def _layer_norm(name: str, old: str, new: str) -> Mutation:
@@ -58,6 +60,12 @@ def _gemm(name: str, old: str, new: str, only: str = "") -> Mutation:
 def _decode(name: str, file: str, old: str, new: str, only: str) -> Mutation:
     """`only` names the quickest tests that can notice, as pytest's -k does."""
     return Mutation(f"decode: {name}", file, old, new, f"tests/kernels/test_decode_kernels.py -k {only}")
+
+
+def _corpus(name: str, file: str, old: str, new: str, tests: str) -> Mutation:
+    """`tests` is the end of a file's name and what pytest's -k gets."""
+    where, only = tests.split(": ")
+    return Mutation(f"corpus: {name}", file, old, new, f"tests/test_{where}.py -k {only}", "train/corpus")
 
 
 _GEMV, _DECODE_ATTENTION = "_decode_gemv.py", "_decode_attention.py"
@@ -305,35 +313,91 @@ MUTATIONS = [
     ),
     _attention("lse of fp32 not refined", "bwd", "lse_low = tl.log2(sum_p)", "lse_low = 0.0 * sum_p", "test_scale"),
     _attention("delta of fp32 not normalised", "bwd", "delta = delta / sum_p", "delta = delta * 1.0", "scores_all_far"),
+    _corpus(
+        "the last copy is kept",
+        "duplicates.py",
+        "documents[order][1:][copies]",
+        "documents[order][:-1][copies]",
+        "corpus_stages: TestDuplicates",
+    ),
+    _corpus(
+        "runs of 14 units",
+        "benchmarks.py",
+        "SHORTEST = 13, 8",
+        "SHORTEST = 14, 8",
+        "corpus_stages: TestDecontamination",
+    ),
+    _corpus(
+        "no NFKC",
+        "fold.py",
+        'folded = unicodedata.normalize("NFKC", chr(code)).casefold()',
+        "folded = chr(code).casefold()",
+        "corpus_stages: TestFold",
+    ),
+    _corpus("Chinese is left out", "filters.py", "han < MIN_HAN", "han > MIN_HAN", "corpus_stages: TestFilters"),
+    _corpus(
+        "held out by chance",
+        "clean.py",
+        "held_out = digests[:, 1] < np.uint64(min(int(options.holdout * 2**64), 2**64 - 1))",
+        "held_out = np.random.default_rng(0).random(len(texts)) < options.holdout",
+        "prepare: one_side",
+    ),
+    _corpus(
+        "a cut unit is taken for whole",
+        "clean.py",
+        "if not path.exists() or path.stat().st_size != size:",
+        "if not path.exists():",
+        "prepare: cut_file",
+    ),
+    _corpus(
+        "everything is done again",
+        "pipeline.py",
+        "left = [unit for unit in units if read_unit_result(job.clean, unit.number) is None]",
+        "left = list(units)",
+        "prepare_killed: changes_of_any_file",
+    ),
+    _corpus(
+        "a result has its name before it is whole",
+        "pipeline.py",
+        'partial = file.with_suffix(".partial")',
+        "partial = file",
+        "prepare_killed: changes_of_any_file",
+    ),
+    _corpus(
+        "two processes in another order",
+        "pipeline.py",
+        "tokens.plan_shards(segments, job.clean, verdicts)",
+        "tokens.plan_shards(segments[:: 1 if job.processes == 1 else -1], job.clean, verdicts)",
+        "prepare_killed: 20_mb",
+    ),
+    Mutation(
+        "shards: no end-of-text",
+        "shards.py",
+        "ids[ends - 1] = self.eos_id",
+        "ids[ends - 1] = self.vocab - 1",
+        "tests/test_prepare.py -k decodes_back",
+        "train",
+    ),
 ]
 
 
 def is_noticed(mutation: Mutation, directory: Path) -> tuple[bool, str]:
     """Runs the tests against a mutated copy under `directory`: whether they fail or crash, and the end of their output.
 
-    Raises ValueError where `old` does not occur exactly once: the kernel has moved on, and the mutation must follow.
+    Raises ValueError where `old` does not occur exactly once: the code has moved on, and the mutation must follow.
     """
     if mutation.source.count(mutation.old) != 1:
         count = mutation.source.count(mutation.old)
         raise ValueError(f"{mutation.name}: expected {mutation.old!r} once in {mutation.file}, got it {count} times")
-    copy = directory / PACKAGE
-    shutil.copytree(ROOT / PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    (copy / mutation.file).write_text(mutation.source.replace(mutation.old, mutation.new))
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        f"pythonpath=. {copy.parent}",
-    ]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(
-        [*command, *mutation.tests.split()], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    for name in COPIED:
+        shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", directory)
+    (directory / mutation.package / mutation.file).write_text(mutation.source.replace(mutation.old, mutation.new))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutation.tests.split()]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    if mutation.package == KERNELS:
+        environment["TRITON_INTERPRET"] = "1"
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
     if done.returncode > 1:
         raise ValueError(f"{mutation.name}: the tests did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return done.returncode != 0, done.stdout[-2000:]

