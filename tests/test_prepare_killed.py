@@ -43,7 +43,7 @@ def run(out, limit):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 rng, deaths = random.Random(1), 0
 assert run("straight", -1) == 0
-while (code := run("killed", rng.randint(12, 30))) == -signal.SIGKILL and deaths < 100:
+while (code := run("killed", rng.randint(12, 18))) == -signal.SIGKILL and deaths < 100:
     deaths += 1
 print(code, deaths)
 """
@@ -61,7 +61,7 @@ def assert_same(straight: Path, killed: Path) -> None:
 
 def test_killed_at_changes_of_any_file_the_bytes_are_the_same(tmp_path):
     rng = random.Random(3)
-    texts = [article(seed, 120) for seed in range(60)]
+    texts = [article(seed, 120) for seed in range(40)]
     texts += [*rng.choices(texts, k=6), *(text[:50] + "新" + text[50:] for text in texts[:6]), "短"]
     write_jsonl(tmp_path / "a.jsonl", [*({"text": text} for text in texts), b"{"])
     (tmp_path / "gsm8k.jsonl").write_text(json.dumps({"question": texts[3][:60], "answer": "1"}) + "\n")
@@ -70,7 +70,7 @@ def test_killed_at_changes_of_any_file_the_bytes_are_the_same(tmp_path):
     assert done.returncode == 0, done.stderr
     code, deaths = map(int, done.stdout.split()[-2:])
     assert code == 0, "killed again and again it never ends" if code == -signal.SIGKILL else done.stderr
-    assert deaths >= 15
+    assert deaths >= 20
     assert len(Manifest.load(tmp_path / "straight").splits["train"].shards) >= 2
     assert_same(tmp_path / "straight", tmp_path / "killed")
 

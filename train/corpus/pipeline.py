@@ -147,7 +147,7 @@ def _begin(job: Job, plan: dict) -> None:
             "run it as before, or delete the directory"
         )
     for partial in (*job.out.glob("*.partial"), *job.work.rglob("*.partial")):
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)  # gone with its directory
 
 
 def _benchmark_files(options: Options) -> list:
