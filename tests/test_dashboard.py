@@ -77,6 +77,14 @@ def test_without_a_terminal_there_are_plain_lines_few_and_without_control_sequen
     assert lines[-1] == "step 40: save_failed: reason [Errno 28] No space left on device"
 
 
+def test_a_dumb_terminal_gets_lines(monkeypatch):
+    """rich draws nothing there before the end."""
+    monkeypatch.setenv("TERM", "dumb")
+    console = console_of(terminal=True)
+    Dashboard(info_of(console)).write(RECORD)
+    assert "loss 2.500" in drawn(console)
+
+
 def test_utilization_counts_all_ranks_and_is_not_guessed_for_a_device_without_a_peak_on_record():
     for name in GPUS:
         shown = Dashboard(info_of(console_of(terminal=False), f"NVIDIA {name.partition('-')[0]} 80GB"))

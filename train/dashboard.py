@@ -64,7 +64,7 @@ class Dashboard:
         self._room = gpu and gpu.memory
         self._flops = gpu and gpu.flops * info.ranks
         self._live = None
-        if self.console.is_terminal:
+        if self.console.is_interactive:  # not on a dumb terminal, where a panel would show nothing until the end
             # Drawn by whoever writes: an error in a thread of rich's would not reach the guard around the sinks.
             self._live = Live(self.render(), console=self.console, auto_refresh=False)
             self._live.start()
