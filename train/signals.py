@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 # Ctrl-C under torchrun comes twice: from the terminal, and from torchrun, which passes on what it gets.
 ONE_WISH_SECONDS = 2.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
@@ -21,7 +21,9 @@ def stop_signals() -> Iterator[threading.Event]:
         if not stop.is_set():
             stop.set()
             first = time.monotonic()
-            os.write(2, b"\nStopping after this step; once more to stop at once.\n")  # print is not safe in a handler
+            with suppress(OSError):  # who read it may be gone: Ctrl-C ends `| tee log`, too
+                # print is not safe in a handler
+                os.write(2, b"\nStopping after this step; once more to stop at once.\n")
         elif time.monotonic() - first >= ONE_WISH_SECONDS:
             os._exit(128 + number)
 
