@@ -4,13 +4,14 @@ import hashlib
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
 import torch
 
 from tests.training import SHAPE, random_batch
-from train import checkpoint, guards, loop, mixture, parallel, saver, watchdog
+from train import checkpoint, guards, loop, mixture, parallel, run, saver, watchdog
 from train.config import TrainConfig
 from train.optim import Optimizer
 from xiangxin_fast.model import Phi
@@ -19,6 +20,24 @@ from xiangxin_fast.model import Phi
 def trained(config: TrainConfig) -> int:
     """A whole run; its last step."""
     return loop.train(config).step
+
+
+def commanded(arguments: list[str]) -> None:
+    """The command line of train/run.py, which ends the process as it would."""
+    sys.argv[1:] = arguments
+    run.main()
+
+
+def slow_to_resume(config: TrainConfig, seconds: float) -> int:
+    """A run whose rank 0 takes so long to check the checkpoint that it goes on from."""
+    verify = checkpoint.verify
+
+    def slowly(path):
+        time.sleep(seconds)
+        return verify(path)
+
+    checkpoint.verify = slowly
+    return trained(config)
 
 
 def gradients(config: TrainConfig, shape, micro_batches: list[int], replicas: int) -> list[dict]:

@@ -187,11 +187,10 @@ def test_killed_rank_ends_the_others_and_is_named(place, tmp_path):
     ended = ranks.start(3, rank_jobs.waiting_at, config, 4, 1, "dies", tmp_path, stderr=tmp_path).wait(60)
     pid = (tmp_path / "rank1").read_text()
     assert ended[1].code == -signal.SIGKILL
-    for rank in (0, 2):
-        told = f"{ended[rank].error} {(tmp_path / f'rank{rank}.err').read_text()}"
-        assert ended[rank].code != 0
-        assert "rank 1 (" in told, told
-        assert f"process {pid}) gave no sign" in told
+    told = [f"{ended[rank].error} {(tmp_path / f'rank{rank}.err').read_text()}" for rank in (0, 2)]
+    assert ended[0].code != 0 != ended[2].code
+    assert any("rank 1 (" in words and f"process {pid}) gave no sign" in words for words in told), told
+    assert sum(words.count("error: rank 1 (") for words in told) <= 1, "one speaks for all"
 
 
 def test_stuck_rank_ends_the_others_and_is_named(place, tmp_path):
@@ -202,7 +201,7 @@ def test_stuck_rank_ends_the_others_and_is_named(place, tmp_path):
     started.kill(1)
     ended = started.wait()
     assert ended[0].code != 0
-    told = f"{ended[0].error} {(tmp_path / 'rank0.err').read_text()}"
+    told = f"{ended[0].error} " + "".join((tmp_path / f"rank{rank}.err").read_text() for rank in range(2))
     assert "rank 1 (" in told, told
 
 
@@ -219,6 +218,45 @@ def test_rank_with_a_corrupt_shard_tells_the_others_why(place, tmp_path):
         told = f"{ended[rank].error} {(tmp_path / f'rank{rank}.err').read_text()}"
         assert "train-00000.bin: block 0 (bytes 4,096 onwards) is corrupt" in told, told
     assert not losses_of(config)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "complaint"),
+    [
+        ("--micro-batch", "3", "--batch divisible by --micro-batch 3, got"),
+        ("--batch", "3", "--batch divisible by --micro-batch 1 x 2 ranks"),
+        ("--context", "64", "expected context 32"),
+    ],
+)
+def test_what_ends_a_run_is_said_once(uninterrupted, tmp_path, option, value, complaint):
+    """Whether the ranks find it before they have met, each by itself, or together."""
+    arguments = command_of(uninterrupted[0])
+    arguments[arguments.index(option) + 1] = value
+    ended = ranks.start(2, rank_jobs.commanded, arguments, stderr=tmp_path).wait(60)
+    said = "".join((tmp_path / f"rank{rank}.err").read_text() for rank in range(2))
+    assert (said.count("error: "), said.count(complaint)) == (1, 1), said
+    assert all(end.error.startswith("SystemExit: 2") for end in ended), ended
+
+
+def test_slow_check_of_a_checkpoint_is_no_standstill(place, uninterrupted, tmp_path):
+    """33 GB on a disk of 50 MB/s take ten minutes, as long as --timeout: such a run could never go on."""
+    out = shutil.copytree(uninterrupted[0].out, tmp_path / "run")
+    config = settings(place, out, timeout=2.0)
+    assert ranks.run(2, rank_jobs.slow_to_resume, config, 4.0) == [LAST, LAST]
+
+
+def test_signal_whose_reader_is_gone_still_saves(place, tmp_path):
+    """Ctrl-C under `2>&1 | tee log` ends tee first: the remark of the handler goes nowhere, the run goes on."""
+    config = settings(place, tmp_path / "run", steps=100_000, save_every=10**6, validate_every=10**6)
+    command = [sys.executable, RUN, *command_of(config)]
+    process = subprocess.Popen(command, env=ONE_THREAD, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    while not (config.out / "metrics.jsonl").exists() or len(losses_of(config)) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+    assert checkpoint.newest_valid(config.out / "checkpoints")[0] is not None
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -7,11 +7,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests import rank_jobs, ranks
 from tests.training import (
@@ -25,7 +28,7 @@ from tests.training import (
     make_place,
     random_batch,
 )
-from train import loop, parallel
+from train import loop, parallel, saver
 from train.config import TrainConfig
 from train.loop import train
 from train.metrics import read_metrics
@@ -205,6 +208,43 @@ def test_what_fails_on_one_rank_is_told_to_all(place):
     with pytest.raises(InputError, match="this one"):
         parallel.Team().together(fails)
     assert parallel.Team().first(lambda: {"a": [1]}) == {"a": [1]}
+
+
+def test_a_start_has_the_store_to_itself_whatever_an_earlier_one_left_there():
+    """Incident: nodes that count restarts differently, as torchrun's do, waited for each other until the time limit."""
+    store, wait, found = dist.HashStore(), timedelta(seconds=20), {}
+
+    def start(rank):
+        found[rank] = parallel._own_part(store, rank, 3, wait)
+
+    store.set("start/1", "of a rank that is dead")
+    for number in range(2):
+        threads = [threading.Thread(target=start, args=(rank,)) for rank in range(3)]
+        for thread in reversed(threads):
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert not found[0].check(["here"]), "another start's"
+        found[0].set("here", str(number))
+        assert [found[rank].get("here") for rank in (1, 2)] == [str(number).encode()] * 2
+
+
+def test_rank_that_does_not_come_ends_the_start():
+    with pytest.raises(InputError, match="expected 2 ranks within 0 s, got 1"):
+        parallel._own_part(dist.HashStore(), 0, 2, timedelta(seconds=0.1))
+
+
+def test_a_checkpoint_is_written_on_the_ranks_own_device(tmp_path, monkeypatch):
+    """The current device is a thread's own: torch's writer would give each rank a context on the first GPU."""
+    taken = []
+    monkeypatch.setattr(parallel.torch.cuda, "set_device", lambda device: taken.append((device, threading.get_ident())))
+    monkeypatch.setattr(saver, "host_copies", lambda tensors, *_, **__: tensors)
+    monkeypatch.setattr(saver.checkpoint, "save", lambda *_: taken.append(("saved", threading.get_ident())))
+    writer = saver.Saver(tmp_path, 2, parallel.Ranks(rank=3, device=torch.device("cuda", 3)))
+    writer.begin({}, {"step": 1})
+    assert writer.outcome(wait=True) == (1, None)
+    assert [what for what, _ in taken] == [torch.device("cuda", 3), "saved"]
+    assert taken[0][1] == taken[1][1] != threading.get_ident()
 
 
 @pytest.mark.slow

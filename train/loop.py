@@ -43,7 +43,7 @@ from .resume import resume, rewind
 from .saver import Saver
 from .signals import stop_signals
 from .stopwatch import Stopwatch
-from .watchdog import Watchdog
+from .watchdog import RankLost, Watchdog
 
 UNSETTLED = 1  # steps launched whose numbers the host has not read
 MAX_REWINDS = 3  # to one checkpoint: more of the samples after it cannot be the reason
@@ -74,6 +74,10 @@ def train(config: TrainConfig) -> Outcome:
     except BaseException as error:
         lost = watchdog.explain() if isinstance(error, RuntimeError) else None
         watchdog.leave(str(lost) if lost else f"{type(error).__name__}: {' '.join(str(error).split())}")
+        if isinstance(lost or error, RankLost):
+            (lost or error).to_tell = parallel.first_to_say(RankLost.__name__, ranks.store)
+        elif isinstance(error, InputError):
+            error.to_tell = parallel.first_to_say(str(error), ranks.store)
         if lost:
             raise lost from error
         raise
@@ -108,13 +112,14 @@ class _Run:
         self.console = terminal(ranks.rank)
         self.data, self.held_out = (kind(config.data, config.context, config.seed) for kind in (Mixture, HeldOut))
         self.tokenizer = Tokenizer.load(self.data.tokenizer_directory)
-        model = build_model(config, self.tokenizer, ranks.device)
-        self.shape = model.config
-        self.model = parallel.shard(model, ranks, reshard=config.reshard)
-        self.optimizer = Optimizer(self.model, config)
-        self.stopwatch = Stopwatch(ranks.device)
         self.order = self.data.description()
-        start = resume(config, self.order, self.optimizer.tensors(), ranks.control, self.console)
+        with watchdog.patient():
+            model = build_model(config, self.tokenizer, ranks.device)
+            self.shape = model.config
+            self.model = parallel.shard(model, ranks, reshard=config.reshard)
+            self.optimizer = Optimizer(self.model, config)
+            start = resume(config, self.order, self.optimizer.tensors(), ranks.saving, self.console)
+        self.stopwatch = Stopwatch(ranks.device)
         self._stand_at(start.position)
         if ranks.rank == 0:
             config.out.mkdir(parents=True, exist_ok=True)
@@ -174,7 +179,8 @@ class _Run:
             self._report_saving()
             self.watchdog.progress()
         self._finish_saving()
-        self._export(out)
+        with self.watchdog.patient():
+            self._export(out)
         self.log.event("finish", step)
         return Outcome(step, True, out, self.ranks.rank)
 
@@ -262,7 +268,9 @@ class _Run:
         """Goes back to the checkpoint before the spike that was complete at `step`, and on without those samples."""
         self._report_saving(wait=True)
         left, seconds = self.position.sample, self.position.seconds
-        start = rewind(self.config, step - PATIENCE + 1, self.optimizer.tensors(), self.ranks.control, self.console)
+        with self.watchdog.patient():
+            tensors, team = self.optimizer.tensors(), self.ranks.saving
+            start = rewind(self.config, step - PATIENCE + 1, tensors, team, self.console)
         if start is None:
             self.log.event("rewind", step, failure="no checkpoint from before")
             return
@@ -346,7 +354,7 @@ class _Run:
             if self.shape.tied_head:
                 whole.head_w = whole.embed
             save_pretrained(whole, directory, self.tokenizer)
-        self.ranks.control.gather(None)  # nobody leaves while rank 0 still writes
+        self.ranks.saving.gather(None)  # nobody leaves while rank 0 still writes
 
 
 def build_model(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> Phi:

@@ -6,12 +6,16 @@ are summed in fp32. On several nodes each node holds all the parts (HSDP), so th
 One process on a CPU is not distributed at all: ALONE.
 
 Of a group of processes on the host, `Team` says who is in it and lets them decide together. There are two, on gloo: one
-for the training loop, one for the thread that writes checkpoints, since a thread must never share a group.
+for the training loop, and a more patient one for checkpoints. A thread writes those, and threads must never share a
+group: the loop takes the second, to read one, only while that thread is not there.
 """
 
+import hashlib
 import json
 import os
 import socket
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -121,11 +125,12 @@ def join(timeout: float = 600.0, replicas: int | None = None) -> Ranks:
     if cuda:
         torch.cuda.set_device(device)
     store, rank, size = next(dist.rendezvous("env://")) if size > 1 else (dist.HashStore(), 0, 1)
-    # torchrun keeps its store when it starts the ranks again: addresses of dead ones would still be in it.
-    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     wait = timedelta(seconds=timeout)
+    store = _own_part(store, rank, size, wait)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
+    # Twice: a collective is launched before the loop last says that it goes on, and NCCL, which would end the process
+    # without naming who is missing, must not come before the watchdog.
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=2 * wait)
     shape, names = ((replicas, size // replicas), ("replicas", "shards")) if replicas > 1 else ((size,), ("shards",))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     host_mesh = init_device_mesh("cpu", shape, mesh_dim_names=names) if cuda else mesh
@@ -133,6 +138,44 @@ def join(timeout: float = 600.0, replicas: int | None = None) -> Ranks:
     waits = (wait, PATIENCE_WITH_DISKS * wait)
     teams = [Team(rank, size, dist.new_group(backend="gloo", timeout=limit)) for limit in waits]
     return Ranks(rank, size, device, mesh, host_mesh, *teams, store)
+
+
+def _own_part(store: dist.Store, rank: int, size: int, wait: timedelta) -> dist.Store:
+    """The part of `store` that the ranks of this start have to themselves, which the first of them names.
+
+    torchrun keeps its store when it starts ranks again: addresses of dead ones are still in it. Its count of restarts
+    does not tell starts apart, since a node that starts anew because another did leaves it as it is. So each rank asks
+    under a name never used before, and the first answers until all have heard.
+    """
+    store.set_timeout(wait)
+    mine, end = uuid.uuid4().hex, time.monotonic() + wait.total_seconds()
+    store.set(f"start/{rank}", mine)
+    if rank > 0:
+        name = store.get(f"start/{mine}").decode()
+        store.add(f"started/{name}", 1)
+        return dist.PrefixStore(name, store)
+    while (others := store.add(f"started/{mine}", 0)) < size - 1:
+        if time.monotonic() > end:
+            raise InputError(f"training: expected {size} ranks within {wait.total_seconds():.0f} s, got {1 + others}")
+        for asking in (f"start/{other}" for other in range(1, size)):
+            if store.check([asking]):
+                store.set(f"start/{store.get(asking).decode()}", mine)
+        time.sleep(0.02)
+    return dist.PrefixStore(mine, store)
+
+
+def first_to_say(what: str, store: dist.Store | None) -> bool:
+    """Whether no other rank has said `what` before; true, too, where they cannot be asked any more."""
+    try:
+        return store is None or store.add(f"said/{hashlib.sha256(what.encode()).hexdigest()}", 1) == 1
+    except RuntimeError:
+        return True
+
+
+def use_device(ranks: Ranks) -> None:
+    """Makes this rank's device that of the calling thread: a new thread's is the first GPU, which all would crowd."""
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
 
 
 def leave(ranks: Ranks) -> None:

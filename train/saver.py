@@ -10,7 +10,7 @@ from xiangxin_fast.errors import InputError
 
 from . import checkpoint
 from .failpoints import reach
-from .parallel import Ranks, host_copies
+from .parallel import Ranks, host_copies, use_device
 
 
 class Saver:
@@ -50,6 +50,7 @@ class Saver:
             self._thread = None
 
     def _write(self, tensors: dict[str, Tensor], state: dict) -> None:
+        use_device(self._ranks)
         try:
             checkpoint.save(self._folder, tensors, state, self._ranks.saving)
         except (InputError, OSError, RuntimeError) as error:  # RuntimeError: a rank that is gone

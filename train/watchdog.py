@@ -9,10 +9,12 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from xiangxin_fast.errors import InputError
 
-from .parallel import Ranks, place
+from .parallel import PATIENCE_WITH_DISKS, Ranks, first_to_say, place
 
 INTERVAL = 1.0  # seconds between looks
 DEAD = 30.0  # seconds without a sign; a thread can be kept from running by what holds the interpreter
@@ -30,7 +32,7 @@ class Watchdog(threading.Thread):
     def __init__(self, ranks: Ranks, timeout: float):
         """`timeout`: seconds without progress of this rank's loop after which the run ends."""
         super().__init__(name="watchdog", daemon=True)
-        self._ranks, self._timeout = ranks, timeout
+        self._ranks, self._timeout, self._limit = ranks, timeout, timeout
         self._store = ranks.store.clone() if ranks.size > 1 else None  # its own connection: the other may wait for long
         self._beats, self._steps, self._last_words = 0, 0, ""
         self._lines = [""] * ranks.size
@@ -49,13 +51,24 @@ class Watchdog(threading.Thread):
         self._steps += 1
         self._progressed = time.monotonic()
 
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """Around reading or writing a whole model, which on slow disks takes long without a sign of progress."""
+        self._limit = PATIENCE_WITH_DISKS * self._timeout
+        try:
+            yield
+        finally:
+            self._progressed = time.monotonic()
+            self._limit = self._timeout
+
     def leave(self, last_words: str = "left") -> None:
         """Says that this rank ends, and why: the others do not call it dead."""
         if self._store is not None and not self._over.is_set():
             self._over.set()
             self.join()
             self._last_words = last_words
-            self._write()
+            with suppress(RuntimeError):  # the store may be what is gone
+                self._write()
 
     def explain(self) -> RankLost | None:
         """Who is gone, asked after a collective has failed; None where all are there."""
@@ -74,7 +87,9 @@ class Watchdog(threading.Thread):
             except RuntimeError as error:  # what the store raises
                 problem = RankLost(f"the store of this run is gone: {' '.join(str(error).split())}")
             if problem and not self._over.wait(2 * INTERVAL):  # unless the loop, too, has noticed
-                print(f"error: {problem}", file=sys.stderr, flush=True)
+                if first_to_say(RankLost.__name__, self._store):
+                    with suppress(OSError):  # who read it may be gone
+                        print(f"error: {problem}", file=sys.stderr, flush=True)
                 os._exit(EXIT_CODE)
 
     def _look(self) -> None:
@@ -108,12 +123,14 @@ class Watchdog(threading.Thread):
         return None
 
     def _stuck(self) -> RankLost | None:
-        if time.monotonic() - self._progressed < self._timeout:
+        limit = self._limit
+        if time.monotonic() - self._progressed < limit:
             return None
         steps = {rank: int(line.split("|", 2)[1]) for rank, line in enumerate(self._lines) if line}
         last = [rank for rank, count in steps.items() if count == min(steps.values())]
         return RankLost(
-            f"no progress for {self._timeout:.0f} s (--timeout); furthest behind, after {steps[last[0]]} steps: "
+            f"no progress for {limit:.0f} s (--timeout {self._timeout:g}); "
+            f"furthest behind, after {steps[last[0]]} steps: "
             + ", ".join(f"rank {rank} ({self._lines[rank].split('|')[2]})" for rank in last)
         )
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterator
 
 class InputError(ValueError):
     """What the user gave does not fit. The message is one line: what was expected, what came, and where."""
+
+    to_tell: bool | None = None  # of several processes, by this one; None: by the first, since all raise it alike
 
 
 def exits_cleanly(main: Callable) -> Callable:
@@ -20,7 +23,8 @@ def exits_cleanly(main: Callable) -> Callable:
         try:
             return main(*arguments, **options)
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
+            if os.environ.get("RANK", "0") == "0" if error.to_tell is None else error.to_tell:
+                print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
 
     return run
