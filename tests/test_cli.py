@@ -163,6 +163,12 @@ class TestPrompts:
         assert [wrong for _, wrong in refused if wrong and not wrong.startswith("refused: standard input:13: ")] == []
         assert sorted(int(number or 13) for number, _ in refused) == list(range(2, 14))
 
+    @pytest.mark.parametrize("mode", [(), ("--json", "--stats"), ("--score",)])
+    def test_lines_that_are_all_refused(self, cli, monkeypatch, mode):
+        monkeypatch.delattr("xiangxin_fast.cli.engine.load_pretrained")  # nothing to load a model for
+        done = cli("--input", "-", *mode, stdin=b'{"tokens": [1, 320]}\n{"tokens": [320, 1]}\n')
+        assert (done.code, done.err.count("refused: standard input:"), done.err.count("\n")) == (1, 2, 2)
+
     def test_nothing_that_fits_is_an_error(self, cli):
         done = cli("--input", "-", stdin=b"{}\n")
         assert done.code == 2
@@ -261,7 +267,9 @@ class TestRefusals:
             (("x", "--num-samples", "2", "--greedy"), "--num-samples: expected 1 with greedy"),
             (("x", "--stop", ""), "--stop: expected text"),
             (("x", "--device", "tpu9"), "--device: expected"),
+            (("x", "--device", "mps"), "--device: expected"),
             (("x", "--device", "cuda:99"), "--device: expected"),
+            (("x", "--threads", "100000"), "--threads: expected at most 1024, got 100000"),
             (("x", "--model", "/nonexistent/directory"), "--model: expected a model directory, got /nonexistent/direc"),
             (("x", "--compare", "/nonexistent"), "--compare: expected a model directory, got /nonexistent"),
             (("x", "--bad-flag"), "Unrecognized options: --bad-flag"),

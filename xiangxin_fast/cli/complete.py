@@ -262,6 +262,8 @@ def complete(
 
     Ctrl-C ends them as "interrupted", shows what they have, and goes on as KeyboardInterrupt.
     """
+    if not samples:  # all refused: nothing to load a model for
+        return
     sampling = vars(sampling_of(arguments))
     limits = [sample.limit for sample in samples]
     stats = Stats(samples)

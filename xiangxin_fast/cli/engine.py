@@ -22,9 +22,13 @@ from xiangxin_fast.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from .arguments import MachineOptions
 
+MOST_THREADS = 1024  # where the system gives no more of them, OpenMP ends the process
+
 
 def use_threads(machine: "MachineOptions") -> None:
     if machine.threads is not None:
+        if machine.threads > MOST_THREADS:
+            raise InputError(f"--threads: expected at most {MOST_THREADS}, got {machine.threads}")
         torch.set_num_threads(machine.threads)
 
 
@@ -35,7 +39,9 @@ def device_of(machine: "MachineOptions") -> torch.device | None:
     try:
         device = torch.device(machine.device)
     except RuntimeError:
-        raise InputError(f'--device: expected "auto", "cpu", "cuda" or "cuda:N", got {machine.device!r}') from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f'--device: expected "auto", "cpu", "cuda" or "cuda:N", got {machine.device!r}')
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = f"{machine.device} and {torch.cuda.device_count()} GPUs"
         raise InputError(f"--device: expected a device of this machine, got {found}")
