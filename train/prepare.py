@@ -8,7 +8,7 @@
 
 Inputs are .txt (documents separated by blank lines), .jsonl, .json (arrays) and .parquet files, the first three also as
 .gz or .zst, directories of them and patterns. NAME=PATH or NAME:WEIGHT=PATH names a source: it gets shards of its own,
-and manifest.json its weight. UTF-8 and GB18030 are told apart for each file.
+and training draws each of its tokens WEIGHT times as often. UTF-8 and GB18030 are told apart for each file.
 
 A run that was interrupted or killed goes on with the same command, and gives the same bytes as one that was not; so
 does any number of workers. What became of the records stands in report.json, rejects.jsonl and benchmarks.jsonl beside
