@@ -276,9 +276,10 @@ def _decode_project_out_kernel(
     tl.store(partial_ptr + split.to(tl.int64) * B * N + here, y, mask=mask)
     tl.debug_barrier()  # all of the program's stores, not one thread's alone, come before its count
     if tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
-        total = tl.zeros([ROWS, BLOCK_N], tl.float32)
-        for i in tl.static_range(SPLITS):
-            total += tl.load(partial_ptr + i * B.to(tl.int64) * N + here, mask=mask, other=0.0, cache_modifier=".cg")
+        total, parts = tl.zeros([ROWS, BLOCK_N], tl.float32), partial_ptr + here
+        for _ in tl.static_range(SPLITS):
+            total += tl.load(parts, mask=mask, other=0.0, cache_modifier=".cg")
+            parts += B * N
         total += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
         total += tl.load(bias_ptr + N + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
         total += tl.load(x_ptr + offs_b[:, None] * x_stride_b + column, mask=mask, other=0.0).to(tl.float32)

@@ -10,8 +10,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from xiangxin_kernels._decode_gemv import _row_statistics
 
-from bench import roofline, sass, static
-from bench.static_compile import Compiled, Job, compile_all
+from bench import roofline, sass, static, static_decode
+from bench.static_compile import Compiled, Job, compile_all, compile_job
 
 JOBS = [job for op in ("decode_block", "decode_head") for job in static.jobs_of(op) if "_32_int" not in job.case]
 
@@ -59,6 +59,15 @@ def test_every_number_of_rows_takes_the_same_tensor_core_instruction(compiled):
         products = Counter(opcode for opcode in _opcodes(kernel) if opcode.startswith(("HMMA", "HGMMA")))
         expected = {"HMMA.16816.F32.BF16"} if "norm" not in job.case else set()
         assert set(products) == expected, job
+
+
+@pytest.mark.parametrize("case", ["decode_block/project_in_1", "decode_block/project_out_1", "decode_head/head_1"])
+def test_one_row_compiles(case, monkeypatch):
+    """Triton makes a constant of an argument that is 1: a product by it is no tensor."""
+    monkeypatch.setattr(static_decode, "VARIANTS", ((1, 16),))
+    monkeypatch.setattr(triton.runtime.driver, "_active", None)  # what compiling for a GPU puts there goes afterwards
+    (kernel,) = compile_job(Job(case, 90, "bf16"))
+    assert kernel.numbers["B"] == 1
 
 
 def test_products_and_sums_are_contracted_nowhere(compiled):
