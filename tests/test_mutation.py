@@ -1,11 +1,15 @@
-"""Every mutation still applies, and every mutant is noticed by its kernel's tests."""
+"""Every mutation still applies, and every mutant is noticed by the tests it names."""
 
 import pytest
 
 from tests.mutation import MUTATIONS, Mutation, is_noticed
 
-ANCHOR = "def layer_norm("
-UNCHANGED = Mutation("nothing", "layer_norm.py", ANCHOR, ANCHOR, "tests/kernels/test_layer_norm.py")
+KERNEL, CORPUS = "def layer_norm(", "def clean_unit("
+PREPARATION = "tests/test_prepare.py tests/test_prepare_killed.py tests/test_corpus_stages.py"
+UNCHANGED = [
+    Mutation("no kernel", "layer_norm.py", KERNEL, KERNEL, "tests/kernels/test_layer_norm.py"),
+    Mutation("no corpus", "clean.py", CORPUS, CORPUS, PREPARATION, "train/corpus"),
+]
 
 
 def _by_name(mutation: Mutation) -> str:
@@ -19,8 +23,9 @@ def test_mutation_applies(mutation):
 
 
 @pytest.mark.slow
-def test_what_is_unchanged_passes(tmp_path):
-    noticed, output = is_noticed(UNCHANGED, tmp_path)
+@pytest.mark.parametrize("mutation", UNCHANGED, ids=_by_name)
+def test_what_is_unchanged_passes(mutation, tmp_path):
+    noticed, output = is_noticed(mutation, tmp_path)
     assert not noticed, output
 
 
