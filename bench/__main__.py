@@ -49,7 +49,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="default runs/bench")
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.what if name not in OPS]:
-        parser.error(f"expected ops of {', '.join(OPS)}, or first one of {', '.join(CHAIN)}, got {', '.join(unknown)}")
+        parser.error(f"expected {', '.join(OPS)}, or one of {', '.join(CHAIN)} alone, got {', '.join(unknown)}")
     modes = arguments.mode.split(",")
     if unknown := [mode for mode in modes if mode not in ("fwd", "bwd", "fwdbwd")]:
         parser.error(f"--mode: expected fwd, bwd, fwdbwd, got {', '.join(unknown)}")

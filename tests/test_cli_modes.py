@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import signal
 import sys
 import weakref
 from pathlib import Path
@@ -324,6 +325,7 @@ class TestInteractive:
         command = [sys.executable, "-m", "tests.command_line", *options]
         child, master = pty.fork()
         if not child:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored, and inherited so, where tests run in the background
             os.chdir(ROOT)
             os.execve(sys.executable, command, environment)
         with os.fdopen(master, "rb+", buffering=0) as terminal:

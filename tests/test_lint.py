@@ -54,15 +54,25 @@ def _check_function(function: ast.FunctionDef) -> Iterator[tuple[ast.AST, str]]:
                     yield node, "a program index times a stride passes 2^31: widen it with .to(tl.int64)"
 
 
-def _check_call(call: ast.Call) -> Iterator[str]:
+def _compiled_only(tree: ast.AST) -> set[ast.AST]:
+    """What stands under an `if` on one constexpr alone, which the host leaves False in the interpreter."""
+    branches = [node.body for node in ast.walk(tree) if isinstance(node, ast.If) and _is_constexpr(node.test)]
+    return {inner for branch in branches for statement in branch for inner in ast.walk(statement)}
+
+
+def _is_constexpr(test: ast.AST) -> bool:
+    return isinstance(test, ast.Name) and test.id.isupper()
+
+
+def _check_call(call: ast.Call, compiled_only: bool) -> Iterator[str]:
     name = _dotted(call.func)
     keywords = {keyword.arg for keyword in call.keywords}
     if name == "tl.load" and ("mask" in keywords or len(call.args) > 1) and "other" not in keywords:
         yield "a masked tl.load passes other=: what a GPU puts there is undefined"
     if name == "tl.dot" and "input_precision" not in keywords:
         yield "tl.dot passes input_precision=: its default changes between versions of Triton"
-    if name.startswith("tl.inline_asm") or "libdevice" in name:
-        yield "no inline assembly and no libdevice: the interpreter has neither"
+    if (name.startswith("tl.inline_asm") and not compiled_only) or "libdevice" in name:
+        yield "no libdevice, and inline assembly behind a constexpr alone: the interpreter has neither"
     counts = len(call.args) > 1 and isinstance(call.args[1], ast.Constant) and isinstance(call.args[1].value, int)
     if name == "tl.atomic_add" and not counts:
         yield "no floating-point atomics: their order, and with it the bits, would vary (counting arrivals is fine)"
@@ -82,12 +92,12 @@ def _at_import(node: ast.AST) -> Iterator[ast.AST]:
 def lint(source: str, name: str) -> list[str]:
     """The findings in a kernel file: "name:line: why"."""
     tree = ast.parse(source)
-    findings = []
+    findings, compiled_only = [], _compiled_only(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             findings += _check_function(node)
         if isinstance(node, ast.Call):
-            findings += [(node, why) for why in _check_call(node)]
+            findings += [(node, why) for why in _check_call(node, node in compiled_only)]
         if isinstance(node, ast.Import | ast.ImportFrom) and "libdevice" in ast.unparse(node):
             findings.append((node, "no libdevice: the interpreter has none"))
         if name in NO_DEVICE_CODE and isinstance(node, ast.Attribute) and _dotted(node).startswith("tl."):
@@ -113,6 +123,8 @@ def test_kernel_files_keep_the_rules(path):
         ("pid = tl.program_id(0)\n    p += x_stride_n * pid", "2^31"),
         ("for n in range(tl.program_id(0), N):\n        p += n * stride", "2^31"),
         ("y = tl.inline_asm_elementwise('', '', [], tl.float32, True, 1)", "inline assembly"),
+        ("if n > 0:\n        y = tl.inline_asm_elementwise('', '', [], tl.float32, True, 1)", "inline assembly"),
+        ("if PIN:\n        y = x\n    else:\n        tl.inline_asm_elementwise('')", "inline assembly"),
         ("y = tl.extra.cuda.libdevice.tanh(x)", "libdevice"),
         ("from triton.language.extra import libdevice", "libdevice"),
         ("tl.atomic_add(p, x)", "atomics"),
@@ -137,6 +149,7 @@ def test_what_keeps_the_rules_passes():
         "acc = tl.dot(a, b, acc, input_precision='ieee')",
         "for n in range(tl.program_id(0), N):\n        p += tl.cast(n, tl.int64) * x_stride_n",
         "arrived = tl.atomic_add(count_ptr + b, 1, sem='acq_rel')",
+        "if PIN:\n        y = tl.inline_asm_elementwise('', '', [], tl.float32, True, 1)",
         "arch = torch.cuda.get_device_capability()",
     ]
     assert lint("def kernel():\n    " + "\n    ".join(lines), "some_op.py") == []
