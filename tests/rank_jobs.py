@@ -40,6 +40,13 @@ def slow_to_resume(config: TrainConfig, seconds: float) -> int:
     return trained(config)
 
 
+def limits(timeout: float) -> list[float]:
+    """Seconds that collectives over each dimension of a mesh of replicas may take."""
+    ranks = parallel.join(timeout, replicas=2)
+    backends = [ranks.mesh.get_group(name)._get_backend(ranks.device) for name in ranks.mesh.mesh_dim_names]
+    return [backend.options._timeout.total_seconds() for backend in backends]
+
+
 def gradients(config: TrainConfig, shape, micro_batches: list[int], replicas: int) -> list[dict]:
     """Loss, whole gradients and global norm of one batch, for each micro-batch; the same on each rank."""
     ranks = parallel.join(replicas=replicas)

@@ -234,6 +234,10 @@ def test_rank_that_does_not_come_ends_the_start():
         parallel._own_part(dist.HashStore(), 0, 2, timedelta(seconds=0.1))
 
 
+def test_limit_of_every_collective_lies_beyond_the_watchdogs():
+    assert ranks.run(2, rank_jobs.limits, 100.0) == [[200.0, 200.0]] * 2
+
+
 def test_a_checkpoint_is_written_on_the_ranks_own_device(tmp_path, monkeypatch):
     """The current device is a thread's own: torch's writer would give each rank a context on the first GPU."""
     taken = []

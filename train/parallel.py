@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
@@ -133,6 +134,8 @@ def join(timeout: float = 600.0, replicas: int | None = None) -> Ranks:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=2 * wait)
     shape, names = ((replicas, size // replicas), ("replicas", "shards")) if replicas > 1 else ((size,), ("shards",))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    for name in names:
+        _set_pg_timeout(2 * wait, mesh.get_group(name))  # a mesh's own groups have torch's limit, not the first's
     host_mesh = init_device_mesh("cpu", shape, mesh_dim_names=names) if cuda else mesh
     # Ranks finish writing their parts of a checkpoint long after one another.
     waits = (wait, PATIENCE_WITH_DISKS * wait)
