@@ -24,8 +24,9 @@ class TrainConfig:
 
     The run directory gets config.json, environment.json, metrics.jsonl (one line per step), events.jsonl (skipped
     updates, spikes, saves, ...), tb/ (TensorBoard), checkpoints/ and, at the end, model/: a Hugging Face directory. The
-    same command again goes on where it stopped, on any number of GPUs; Ctrl-C or SIGTERM finishes the step and saves
-    first. On several nodes all must see --data and --out.
+    same command again goes on where it stopped, on any number of GPUs; Ctrl-C or SIGTERM finishes the steps under way
+    and saves first (torchrun kills 30 s later: TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 lets it). On several nodes all must
+    see --data and --out.
     """
 
     preset: Literal["demo", "xiangxin-3b"]
