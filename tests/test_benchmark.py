@@ -71,6 +71,8 @@ class TestBytes:
         clock = iter(range(100))
         monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
         assert copy_bytes_per_s(torch.device("cpu"), copy_bytes=1000) == 2000
+        monkeypatch.setattr(benchmark, "free_bytes", lambda device: 12_000)
+        assert copy_bytes_per_s(torch.device("cpu")) == 6000
 
 
 class TestTurns:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .config import PhiConfig
 from .errors import InputError
 from .generator import Generator
+from .kv_cache import free_bytes
 from .model import Phi
 
 Arrivals = list[tuple[float, int]]  # for each token, seconds since the call and the sequence it belongs to
@@ -232,11 +233,11 @@ def random_model(config: PhiConfig, device: torch.device, dtype: torch.dtype) ->
 def copy_bytes_per_s(device: torch.device, copy_bytes: int | None = None, repeats: int = 7) -> float:
     """Bytes read plus bytes written by copies in the device's memory, per second: the median of `repeats`.
 
-    `copy_bytes`: of one copy; default 2 GiB on a GPU and 512 MiB on a CPU, far beyond any cache.
+    `copy_bytes`: of one copy; default 2 GiB on a GPU and 512 MiB on a CPU, far beyond any cache, but no more than a
+    quarter of the free memory.
     """
-    source = torch.ones(
-        copy_bytes or (2 << 30 if device.type == "cuda" else 512 << 20), dtype=torch.uint8, device=device
-    )
+    most = min(2 << 30 if device.type == "cuda" else 512 << 20, free_bytes(device) // 4)
+    source = torch.ones(copy_bytes or most, dtype=torch.uint8, device=device)
     target, seconds = torch.empty_like(source), []
     for _ in range(repeats + 1):
         begin = time.perf_counter()
