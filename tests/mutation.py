@@ -71,7 +71,13 @@ def _corpus(name: str, file: str, old: str, new: str, tests: str) -> Mutation:
 _GEMV, _DECODE_ATTENTION = "_decode_gemv.py", "_decode_attention.py"
 
 MUTATIONS = [
-    _decode("a split too many", _DECODE_ATTENTION, "if start >= length:", "if start > length:", "test_attention"),
+    _decode(
+        "a split too many",
+        _DECODE_ATTENTION,
+        "splits = tl.cdiv(length, SPLIT)",
+        "splits = tl.cdiv(length, SPLIT) + 1",
+        "test_attention",
+    ),
     _decode(
         "the next position seen",
         _DECODE_ATTENTION,
