@@ -121,9 +121,12 @@ def _bench_ops(arguments: argparse.Namespace) -> bool:
 def main() -> None:
     what, rest = (sys.argv[1:2] or [""])[0], sys.argv[2:]  # the chain's have options of their own
     if what == "generate-cpu":
+        from torch.backends.cpu import get_cpu_capability
+
         from . import generate_cpu
 
-        sys.argv = ["python -m bench generate-cpu", "--out", str(HERE / "results" / "cpu-generate.json"), *rest]
+        out = HERE / "results" / f"cpu-generate-{get_cpu_capability().lower()}.json"
+        sys.argv = ["python -m bench generate-cpu", "--out", str(out), *rest]
         generate_cpu.main()
     elif what == "train-overhead":
         from . import train_overhead

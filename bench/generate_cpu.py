@@ -4,6 +4,9 @@ A phase has transformers in one dtype, our model in that dtype, and our model wi
 shares storage with ours wherever the layouts allow (its q, k, v and fc1 weights are rows of our w_in, in another order,
 which changes values and not speed), so that 2.78 B parameters fit twice into 16 GB; its dense and fc2 weights, columns
 of our w_out, get memory of their own: the peer is never slowed. In bf16 our generator lays its weights out anew.
+
+What is fast depends on whether the CPU multiplies bf16. One that does becomes one that does not by
+ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2.
 """
 
 import argparse

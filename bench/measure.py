@@ -240,12 +240,18 @@ def _cpu_name() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def _instructions() -> str:
+    """The vector instructions torch uses, which the machine or ATEN_CPU_CAPABILITY and its kin limit."""
+    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.backends.cpu.get_cpu_capability() + (" with bf16 products" if bf16 else "")
+
+
 def environment(device: torch.device) -> dict[str, object]:
     """Everything a figure must carry to mean something."""
     facts = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": commit(),
-        "device": f"{_cpu_name()}, {torch.get_num_threads()} threads",
+        "device": f"{_cpu_name()}, {_instructions()}, {torch.get_num_threads()} threads",
         "python": platform.python_version(),
         "torch": torch.__version__,
     }

@@ -7,7 +7,8 @@
 Tables stand between `<!-- bench:begin NAME -->` and `<!-- bench:end NAME -->`, NAME one of gpu, cpu, demo. What has
 no result file is "not yet measured". The files in bench/results/ are written by programs only:
     gpu-<device>-<date>.jsonl    python -m bench.gpu, by --add
-    cpu-generate.json, cpu-prepare.json, cpu-demo.json    python -m bench generate-cpu | prepare | demo
+    cpu-generate-<instructions>.json                      python -m bench generate-cpu
+    cpu-prepare.json, cpu-demo.json                       python -m bench prepare | demo
     cpu-perplexity.json                                   python -m bench.perplexity
 """
 
@@ -85,29 +86,34 @@ def _where(measured: dict) -> str:
     return f"{facts['device']}; torch {facts['torch']}; commit {facts['commit']}; {facts['date']}"
 
 
+def _generation_parts(measured: dict) -> list[str]:
+    """One record of `python -m bench generate-cpu`: a table, and where it was measured."""
+    rows = []
+    for result in measured["results"]:
+        for what, label in (("first_token", "first token of"), ("decode", "decode after")):
+            if what in result:
+                ours, theirs = (result[what][name]["median_s"] for name in ("xiangxin_fast", "transformers"))
+                weights, peer = result["dtype"], result["peer_dtype"]
+                rows.append(
+                    (
+                        f"{label} {result['prompt_tokens']} tokens",
+                        weights if weights == peer else f"{weights}, theirs {peer}",
+                        f"{ours:.3f} s",
+                        f"{theirs:.3f} s",
+                        f"{theirs / ours:.2f}x",
+                    )
+                )
+    header = ("what", "dtype", "ours", "transformers", "ours is")
+    title = f"Random weights, {measured['results'][0]['parameters']:,} parameters, seconds per token"
+    return [Table(title, header, rows).markdown(), _where(measured)]
+
+
 def cpu_block(results: Path) -> str:
     """Generation beside transformers and shard writing beside tokenizers, on a CPU."""
     parts = []
-    if generate := _load(results / "cpu-generate.json"):
-        rows = []
-        for result in generate["results"]:
-            for what, label in (("first_token", "first token of"), ("decode", "decode after")):
-                if what in result:
-                    ours, theirs = (result[what][name]["median_s"] for name in ("xiangxin_fast", "transformers"))
-                    weights, peer = result["dtype"], result.get("peer_dtype", result["dtype"])
-                    rows.append(
-                        (
-                            f"{label} {result['prompt_tokens']} tokens",
-                            weights if weights == peer else f"{weights}, theirs {peer}",
-                            f"{ours:.3f} s",
-                            f"{theirs:.3f} s",
-                        )
-                        + (f"{theirs / ours:.2f}x",)
-                    )
-        header = ("what", "dtype", "ours", "transformers", "ours is")
-        title = f"Random weights, {generate['results'][0]['parameters']:,} parameters, seconds per token"
-        parts += [Table(title, header, rows).markdown(), _where(generate)]
-    else:
+    for path in sorted(results.glob("cpu-generate-*.json")):
+        parts += _generation_parts(_load(path))
+    if not parts:
         parts.append(f"Generation beside transformers: {NOT_MEASURED.lower()}")
     if perplexity := _load(results / "cpu-perplexity.json"):
         rows = [

@@ -410,8 +410,8 @@ def test_report_refuses_a_run_without_a_gpu(tmp_path):
 def test_report_of_the_cpu_chain(tmp_path):
     where = {"environment": {"device": "CPU", "torch": "2", "commit": "abc", "date": "2026"}}
     both = {"xiangxin_fast": {"median_s": 0.2}, "transformers": {"median_s": 0.5}}
-    generate = {"dtype": "bfloat16", "parameters": 10, "prompt_tokens": 32, "decode": both}
-    (tmp_path / "cpu-generate.json").write_text(json.dumps(where | {"results": [generate]}))
+    generate = {"dtype": "bfloat16", "parameters": 10, "prompt_tokens": 32, "decode": both, "peer_dtype": "bfloat16"}
+    (tmp_path / "cpu-generate-avx2.json").write_text(json.dumps(where | {"results": [generate]}))
     losses = {"unigram_loss": 7.0, "validation_loss": 5.5, "steps": 9, "minutes": 5, "held_out_tokens": 100}
     (tmp_path / "cpu-demo.json").write_text(json.dumps(where | {"results": [losses]}))
     assert "| decode after 32 tokens | bfloat16 | 0.200 s | 0.500 s | 2.50x |" in report.cpu_block(tmp_path)

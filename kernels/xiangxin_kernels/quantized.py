@@ -19,7 +19,7 @@ from torch import Tensor
 from ._host import check
 
 GROUPS = (128, 64, 32)
-CHUNK_ROWS = 4096  # widened at once
+CHUNK = 1 << 23  # numbers widened at once
 
 
 class QuantizedWeight(NamedTuple):
@@ -59,8 +59,8 @@ def quantize(weight: Tensor, bits: int, group: int | None = None) -> QuantizedWe
     check(bits in (8, 4), f"quantize: expected 8 or 4 bits, got {bits}")
     check(bits == 4 or group is None, f"quantize: expected no group with 8 bits, got {group}")
     N, K = weight.shape
-    if N > CHUNK_ROWS:
-        parts = zip(*(quantize(rows, bits, group) for rows in weight.split(CHUNK_ROWS)), strict=True)
+    if N > (rows := max(1, CHUNK // max(K, 1))):
+        parts = zip(*(quantize(part, bits, group) for part in weight.split(rows)), strict=True)
         return QuantizedWeight(*map(torch.cat, parts))
     wide = weight.float()
     if bits == 8:

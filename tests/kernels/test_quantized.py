@@ -86,7 +86,7 @@ class TestQuantize:
 
     def test_in_chunks_of_rows_as_in_one(self, monkeypatch):
         whole = [quantize(noise(50, 64), bits) for bits in (8, 4)]
-        monkeypatch.setattr(quantized, "CHUNK_ROWS", 16)
+        monkeypatch.setattr(quantized, "CHUNK", 16 * 64)
         for one, bits in zip(whole, (8, 4), strict=True):
             assert_same_bits(list(quantize(noise(50, 64), bits)), list(one), what=f"{bits} bits in chunks")
 
