@@ -118,6 +118,7 @@ def unpacked(weight: Tensor) -> Tensor:
 
 def kept(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     """A tensor of this thread's own, in memory that is kept: fresh pages cost more than filling them."""
+    name = f"{name} {dtype}"
     size, values = math.prod(shape), getattr(_scratch, name, None)
     if values is None or values.numel() < size:
         with torch.inference_mode(False):  # a tensor born in inference mode could not be written outside of it
@@ -130,7 +131,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor) -> Tensor:
     """F.linear of x [..., K] with weight [N, K], in any layout, and bias [N], on any device.
 
     Without gradients, on a CPU that has no bf16 arithmetic, and with int8 weights on any, the weight is widened block
-    by block into one fp32 scratch: products and sums are then in fp32, rounded once.
+    by block into one scratch that the CPU multiplies fast.
     """
     if isinstance(weight, QuantizedWeight):
         weight = dequantize(weight, x.dtype)
@@ -149,25 +150,29 @@ def linear(x: Tensor, weight: Weight, bias: Tensor) -> Tensor:
 
 
 def _widened(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor) -> Tensor:
-    """x [M, K] times a bf16 or int8 weight, in fp32 products with as much of it at a time as the scratch holds."""
+    """x [M, K] times a bf16 or int8 weight, with as much of it at a time as the scratch holds.
+
+    Products are of fp32, or of bf16 where x is and the CPU has them: bf16 holds int8's codes exactly.
+    """
     N, K = weight_shape(weight)
     table = weight if isinstance(weight, Tensor) else weight.codes[..., :INT8_BLOCK]
     if table.dim() == 2:
         table = table[..., None]  # blocks of one output
     blocks, _, width = table.shape
-    wide_x = x.float()
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 and _has_bf16() else torch.float32
+    wide_x = x.to(dtype)
     out = wide_x.new_empty(len(x), blocks * width)
     for start in range(0, blocks, step := max(1, WIDEN_ELEMENTS // (K * width))):
         part = table[start : start + step]
         if width == 1:
-            wide = kept("wide", (len(part), K)).copy_(part[..., 0]).T
+            wide = kept("wide", (len(part), K), dtype).copy_(part[..., 0]).T
         else:
-            wide = kept("wide", (K, len(part) * width))
+            wide = kept("wide", (K, len(part) * width), dtype)
             wide.view(K, len(part), width).copy_(part.transpose(0, 1))
         if isinstance(weight, PackedWeight):
             wide.sub_(INT8_ZERO)
         torch.mm(wide_x, wide, out=out[:, start * width : (start + len(part)) * width])
-    out = out[:, :N]
+    out = out[:, :N].float()
     if isinstance(weight, PackedWeight):
         out *= weight.scale
     return out.add_(bias).to(x.dtype)

@@ -124,8 +124,10 @@ def test_column_blocks_pass_gradients_on():
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 class TestLinear:
+    @pytest.mark.parametrize("has_bf16", [False, True])
     @pytest.mark.parametrize("rows", [1, 5, _cpu.WIDEN_ROWS + 1])
-    def test_numerics(self, layout, shape, rows, monkeypatch):
+    def test_numerics(self, layout, shape, rows, has_bf16, monkeypatch):
+        monkeypatch.setattr(_cpu, "_has_bf16", lambda: has_bf16)
         monkeypatch.setattr(_cpu, "WIDEN_ELEMENTS", 2 * 80 * shape[1])  # several blocks, the last one smaller
         dtype = torch.float32 if "fp32" in layout else torch.bfloat16
         x, bias = noise(rows, shape[1], seed=1).to(dtype), noise(shape[0], seed=2).to(dtype)
