@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import filesystem
 
 from tests import rank_jobs, ranks
 from tests.training import config_of, make_place
@@ -134,6 +135,24 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     assert writer.outcome(wait=True) == (1, None)
     (file,) = (tmp_path / "step-00000001").glob("*.safetensors")
     assert load_file(file)["model.w"].tolist() == [1, 1, 1]
+
+
+def test_writing_a_checkpoint_never_waits_for_the_gpu(tmp_path, monkeypatch):
+    """Beside one, torch's writer would copy ahead and synchronize the stream that training is on, every 10 MB."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(filesystem, "_OverlappingCpuLoader", lambda *_, **__: pytest.fail("it waits for the GPU"))
+    path = checkpoint.save(tmp_path, {"model.w": torch.ones(3)}, {"step": 1})
+    assert checkpoint.verify(path)["step"] == 1
+
+
+def test_of_what_was_set_aside_the_newest_stays(tmp_path):
+    """Each holds 33 GB of a real run."""
+    for step in range(1, 6):
+        save_empty(tmp_path, step, finite=True)
+    for step in (3, 4, 5):
+        checkpoint.set_aside(tmp_path / f"step-{step:08d}")
+    checkpoint.prune(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002", "step-00000005.aside"]
 
 
 def save_empty(folder: Path, step: int, finite: bool) -> None:

@@ -83,6 +83,8 @@ def _write(partial: Path, tensors: dict[str, Tensor], team: Team) -> None:
         size += tensor.numel() * tensor.element_size()
         files[name] = 1 + size // FILE_BYTES
     writer = dcp.HuggingFaceStorageWriter(str(partial), fqn_to_index_mapping=files, save_distributed=True)
+    # Its copies ahead, of tensors that are on the host already, would wait for the GPU every 10 MB: for training.
+    writer.per_thread_copy_ahead = 0
     try:
         dcp.save(tensors, storage_writer=writer, process_group=team.group, no_dist=team.group is None)
     except CheckpointException as error:
@@ -196,18 +198,22 @@ def newest_valid(directory: Path, before: int | None = None) -> tuple[Path | Non
 
 
 def set_aside(path: Path) -> Path:
-    """Renames a checkpoint that the run no longer follows: it neither counts nor comes back, and nothing is lost."""
+    """Renames a checkpoint that the run no longer follows: it neither counts nor comes back. `prune` keeps one."""
     aside = path.with_name(f"{path.name}.aside")
     shutil.rmtree(aside, ignore_errors=True)
     return path.rename(aside)
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Deletes all but the `keep` newest checkpoints and the newest finite one, and what an interrupted save left."""
+    """Deletes all but the `keep` newest checkpoints, the newest finite one and the newest that was set aside.
+
+    Also what an interrupted save left.
+    """
     present = checkpoints(directory)
     finite = next((path for path in present if _is_finite(path)), None)
     old = [path for path in present[keep:] if path != finite]
-    for path in (*old, *directory.glob("step-*.partial")):
+    aside = sorted(directory.glob("step-*.aside"))
+    for path in (*old, *aside[:-1], *directory.glob("step-*.partial")):
         shutil.rmtree(path, ignore_errors=True)
 
 
