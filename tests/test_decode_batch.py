@@ -84,6 +84,33 @@ class TestGraphs:
         engine.generate(prompts * 4, max_new_tokens=6, temperature=0, lookup=2)
         assert len(captured) == 4  # more slots: other buffers
 
+    @pytest.mark.parametrize(("lookup", "sequences"), [(8, 3), (4, 5), (31, 1), (0, 32)])
+    def test_no_step_has_more_rows_than_read_the_weights_once(self, model, captured, monkeypatch, lookup, sequences):
+        decode, rows = Phi.decode, []
+        monkeypatch.setattr(Phi, "decode", lambda *a: rows.append(len(a[1])) or decode(*a))
+        Generator(model, rows=32).generate([[5, 6] * 3] * sequences, max_new_tokens=3, temperature=0, lookup=lookup)
+        assert 32 - (1 + lookup) < max(rows) <= 32
+
+    def test_an_interrupted_change_of_rows_is_made_up_for(self, model, captured, monkeypatch):
+        """What the next step serves is what it was asked for, and not what the one that was interrupted had sent."""
+        batch = DecodeBatch(model, 2, 64, 131)
+        for slot, prompt in enumerate(([1, 2, 1], [3])):
+            batch.begin(slot, prompt, 20, slot, batch.prefill(slot, prompt, 0))
+        batch.step([0])
+        sent = batch._sent
+
+        def interrupted(values):
+            batch._rows.fill_(1)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(batch, "_sent", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            batch.step([1])
+        monkeypatch.setattr(batch, "_sent", sent)
+        before = batch._state[0].tolist()
+        batch.step([0])
+        assert batch._state[0].tolist() == [before[0] + 1, before[1]]
+
     def test_graphs_of_one_batch_share_their_memory(self, model, captured):
         Generator(model).generate(prompts_of(PHI_2, 1, 2, 3), max_length=8)
         assert [pool for _, pool in captured] == [None, "pool", "pool"]

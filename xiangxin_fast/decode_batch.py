@@ -167,10 +167,12 @@ class DecodeBatch:
     def step(self, slots: Sequence[int]) -> Record:
         """The next tokens of the sequences in `slots`: one of each, and as many more as prompt lookup guessed right."""
         n = len(slots)
-        size = next(bucket for bucket in ROW_BUCKETS if n <= bucket) if self._captures else n
+        most = MAX_ROWS // (1 + self._lookup)  # each sequence is as many rows as it has tokens in the step
+        size = next(min(bucket, most) for bucket in ROW_BUCKETS if n <= bucket) if self._captures else n
         rows = [*slots, *[slots[-1]] * (size - n)]
         with torch.cuda.device_of(self._rows):
             if rows != self._sent_rows:
+                self._sent_rows = []  # an interruption here must not leave a note of rows that are not there
                 self._rows[:size] = self._sent(torch.tensor(rows))
                 self._sent_rows = rows
             if size in self._graphs:
