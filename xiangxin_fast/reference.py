@@ -15,7 +15,6 @@ Source    Gunasekar et al. 2023, arXiv:2306.11644, and the model card of microso
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from .config import PhiConfig
@@ -31,7 +30,7 @@ def rotary_tables(config: PhiConfig, positions: int) -> tuple[Tensor, Tensor]:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the first R dims of each head of x [B, T, H, D] by the angles of cos, sin [T, R/2]; rounds once."""
-    cos, sin = rearrange(cos, "t r -> t 1 r"), rearrange(sin, "t r -> t 1 r")
+    cos, sin = cos[:, None], sin[:, None]  # [T, 1, R/2]
     x1, x2, rest = x.split([cos.shape[-1], cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
     return torch.cat([(x1 * cos - x2 * sin).to(x.dtype), (x2 * cos + x1 * sin).to(x.dtype), rest], dim=-1)
 
@@ -44,15 +43,12 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.dense = (nn.Linear(C, C) for _ in range(4))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor) -> Tensor:
-        q, k, v = (
-            rearrange(project(x), "b t (h d) -> b t h d", h=self.heads)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        scores = einsum(q, k, "b t h d, b s h d -> b h t s") * q.shape[-1] ** -0.5
+        scores = torch.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5
         scores = scores.masked_fill(~visible, float("-inf"))
         weights = scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-        return self.dense(rearrange(einsum(weights, v, "b h t s, b s h d -> b t h d"), "b t h d -> b t (h d)"))
+        return self.dense(torch.einsum("bhts,bshd->bthd", weights, v).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -104,7 +100,7 @@ class PhiReference(nn.Module):
         cos, sin = (table.to(x.device, tables) for table in rotary_tables(self.config, T))
         visible = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
         if segment_ids is not None:
-            same = rearrange(segment_ids, "b t -> b 1 t 1") == rearrange(segment_ids, "b s -> b 1 1 s")
+            same = segment_ids[:, None, :, None] == segment_ids[:, None, None]  # [B, 1, T, S]
             visible = visible & same
         for layer in self.model.layers:
             x = layer(x, cos, sin, visible)
@@ -114,4 +110,4 @@ class PhiReference(nn.Module):
         """Cross-entropy of tokens [B, T] against targets [B, T] (already shifted, -100 ignored), mean over valid."""
         logits = self(tokens, segment_ids)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(rearrange(wide, "b t v -> (b t) v"), rearrange(targets, "b t -> (b t)"))
+        return F.cross_entropy(wide.flatten(0, 1), targets.flatten())
