@@ -38,26 +38,26 @@ class Section:
     name: str
     share: float
     what: str
-    interpreted: bool = (
-        False  # a dry run takes the kernels through the interpreter here; elsewhere that says nothing new
-    )
+    interpreted: bool = False  # a dry run takes the kernels through the interpreter: all that run ours
 
 
 SECTIONS = (
     Section("device", 5, "the device, copy bandwidth, matrix rate"),
     Section("correctness", 12, "every op in bf16 against fp64, the model, greedy tokens", interpreted=True),
-    Section("attention", 9, "attention beside SDPA, FlexAttention, flash-attn, xformers"),
-    Section("block", 10, "the whole layer, MLP and LayerNorm beside transformers, cuBLAS, torch.compile"),
-    Section("gemm", 7, "products with epilogues, both ways, beside cuBLAS with torch.compile"),
-    Section("cross_entropy", 7, "plain and fused with the head, beside torch, Liger, CCE"),
+    Section("attention", 9, "attention beside SDPA, FlexAttention, flash-attn, xformers", interpreted=True),
+    Section(
+        "block", 10, "the whole layer, MLP and LayerNorm beside transformers, cuBLAS, torch.compile", interpreted=True
+    ),
+    Section("gemm", 7, "products with epilogues, both ways, beside cuBLAS with torch.compile", interpreted=True),
+    Section("cross_entropy", 7, "plain and fused with the head, beside torch, Liger, CCE", interpreted=True),
     # The states of two such models do not fit one GPU: they take turns by section, twice each, so that drift shows.
-    Section("train", 6, "training steps of the full model: tokens/s, MFU, memory"),
+    Section("train", 6, "training steps of the full model: tokens/s, MFU, memory", interpreted=True),
     Section("train_peer", 6, "the same with transformers, SDPA and torch.compile"),
-    Section("train_again", 4, "training steps once more"),
+    Section("train_again", 4, "training steps once more", interpreted=True),
     Section("train_peer_again", 4, "transformers' once more"),
-    Section("generate", 9, "prefill and decode beside transformers on the same weights"),
-    Section("decode", 5, "the ops of a decode step at 1, 8 and 32 rows"),
-    Section("races", 4, "250 runs of every op, bit for bit"),
+    Section("generate", 9, "prefill and decode beside transformers on the same weights", interpreted=True),
+    Section("decode", 5, "the ops of a decode step at 1, 8 and 32 rows", interpreted=True),
+    Section("races", 4, "250 runs of every op, bit for bit", interpreted=True),
     Section("sanitizer", 5, "compute-sanitizer on small shapes"),
 )
 
