@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tests.training import SHAPE, random_batch
+from tests.training import SHAPE, command_of, random_batch
 from train import checkpoint, guards, loop, mixture, parallel, run, saver, watchdog
 from train.config import TrainConfig
 from train.optim import Optimizer
@@ -26,6 +26,24 @@ def commanded(arguments: list[str]) -> None:
     """The command line of train/run.py, which ends the process as it would."""
     sys.argv[1:] = arguments
     run.main()
+
+
+def out_of_memory(config: TrainConfig, on: list[int]) -> None:
+    """The command line of a run in which some ranks find no memory in the third step."""
+    watchdog.INTERVAL, watchdog.DEAD_AFTER_ERROR = 0.2, 1.0
+    launch, summed = loop._Run._launch, loop._summed_loss
+
+    def full(*arguments):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB\n of which"
+        )
+
+    def looked(run):
+        loop._summed_loss = full if run.ranks.rank in on and run.position.step == 2 else summed
+        launch(run)
+
+    loop._Run._launch = looked
+    commanded(command_of(config))
 
 
 def slow_to_resume(config: TrainConfig, seconds: float) -> int:

@@ -71,6 +71,11 @@ def train(config: TrainConfig) -> Outcome:
     try:
         with stop_signals() as stop:
             outcome = _Run(config, ranks, watchdog, stop).go()
+    except torch.OutOfMemoryError as error:
+        shortage = _out_of_memory(error, config, ranks)
+        shortage.to_tell = parallel.first_to_say(RankLost.__name__, ranks.store)  # the others would tell it, too
+        watchdog.leave(f"{type(shortage).__name__}: {shortage}")
+        raise shortage from None
     except BaseException as error:
         lost = watchdog.explain() if isinstance(error, RuntimeError) else None
         watchdog.leave(str(lost) if lost else f"{type(error).__name__}: {' '.join(str(error).split())}")
@@ -84,6 +89,15 @@ def train(config: TrainConfig) -> Outcome:
     watchdog.leave()
     parallel.leave(ranks)
     return outcome
+
+
+def _out_of_memory(error: torch.OutOfMemoryError, config: TrainConfig, ranks: Ranks) -> InputError:
+    sentences = " ".join(str(error).split()).split(". ")
+    return InputError(
+        f"training: expected room for --micro-batch {config.micro_batch} on rank {ranks.rank}, got: "
+        f"{'. '.join(sentences[:2])}: lower --micro-batch or give --reshard; "
+        "python train/run.py --plan predicts what fits"
+    )
 
 
 @dataclass(frozen=True)

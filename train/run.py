@@ -3,6 +3,8 @@
 import os
 import shlex
 import sys
+import traceback
+from contextlib import suppress
 from pathlib import Path
 
 if not __package__:  # run as a file: Python has put train/ first, whose modules would hide others of the same name
@@ -21,9 +23,9 @@ def main() -> None:
         plan.main([argument for argument in sys.argv[1:] if argument != "--plan"])
         return
     config = parse(sys.argv[1:])
-    from train.loop import train  # imports torch, which --help and a mistyped option need not wait for
-
     try:
+        from train.loop import train  # imports torch, which --help and a mistyped option need not wait for
+
         outcome = train(config)
     except KeyboardInterrupt:
         sys.exit("interrupted before the first step: nothing to save")
@@ -38,5 +40,26 @@ def main() -> None:
         print(f"Saved at step {outcome.step}. To go on: {command}")
 
 
+def command() -> None:
+    """`main`, and then the end of the process at once where it failed.
+
+    What torch does at exit waits, with NCCL, for ranks that are gone, and nobody watches any more.
+    """
+    try:
+        main()
+        return
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        code = 1
+        traceback.print_exc()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # who read it may be gone
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    main()
+    command()

@@ -17,7 +17,9 @@ from xiangxin_fast.errors import InputError
 from .parallel import PATIENCE_WITH_DISKS, Ranks, first_to_say, place
 
 INTERVAL = 1.0  # seconds between looks
-DEAD = 30.0  # seconds without a sign; a thread can be kept from running by what holds the interpreter
+# Seconds without a sign; a thread can be kept from running by what holds the interpreter. After a death torchrun kills
+# the other ranks in 30 seconds: by then they must have named the dead one.
+DEAD = 20.0
 DEAD_AFTER_ERROR = 5.0  # the same, once a collective has failed: then some rank is gone
 EXIT_CODE = 3  # of a rank that ends because of another
 
