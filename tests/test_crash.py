@@ -1,6 +1,7 @@
 """Whatever ends a run, it goes on as if nothing had: kill -9 anywhere, a full disk, a rank that dies, signals."""
 
 import dataclasses
+import inspect
 import random
 import resource
 import shutil
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
 
 from tests import rank_jobs, ranks
 from tests.training import (
@@ -23,7 +25,7 @@ from tests.training import (
     make_place,
     weights_of,
 )
-from train import checkpoint, saver
+from train import checkpoint, saver, watchdog
 from train.config import TrainConfig
 from train.loop import train
 from train.metrics import read_metrics
@@ -238,6 +240,53 @@ def test_what_ends_a_run_is_said_once(uninterrupted, tmp_path, option, value, co
     assert all(end.error.startswith("SystemExit: 2") for end in ended), ended
 
 
+@pytest.mark.parametrize("on", [[1], [0, 1]])
+def test_out_of_memory_is_one_line_that_says_what_to_lower(place, tmp_path, on):
+    """On one rank, or on all at the same time; the others would tell it, too, as what became of that rank."""
+    config = settings(place, tmp_path / "run", steps=100_000)
+    ended = ranks.start(2, rank_jobs.out_of_memory, config, on, stderr=tmp_path).wait(60)
+    assert all(end.error.startswith("SystemExit: 2") for end in ended), ended
+    said = "".join((tmp_path / f"rank{rank}.err").read_text() for rank in range(2))
+    errors = [line for line in said.splitlines() if "error: " in line]
+    assert len(errors) == 1, said
+    assert "expected room for --micro-batch 1 on rank " in errors[0]
+    assert "got: CUDA out of memory. Tried to allocate 2.00 GiB: lower --micro-batch" in errors[0]
+    assert "Traceback" not in said
+
+
+def test_a_dead_rank_is_named_before_torchrun_kills_who_could(place):
+    """From the first death on it gives the others some time after a signal, then kills them."""
+    given = inspect.signature(SimpleElasticAgent).parameters["shutdown_timeout"].default
+    assert watchdog.DEAD + 4 * watchdog.INTERVAL < given, "a look, two to let the loop say it, and one late one"
+
+
+HANGS_AT_EXIT = """
+import atexit, sys, time
+sys.path[:0] = [{root!r}, {root!r} + "/kernels"]
+from train import run
+atexit.register(time.sleep, 600)
+{before}
+run.command()
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "code", "said"),
+    [
+        ("", 2, "error: "),
+        ("run.parse = lambda _: sys.exit('in words')", 1, "in words"),
+        ("run.parse = lambda _: 1 / 0", 1, "ZeroDivisionError"),
+    ],
+)
+def test_a_run_that_fails_ends_whatever_waits_at_exit(place, tmp_path, before, code, said):
+    """NCCL's groups do, for ranks that are gone, when nobody watches any more."""
+    program = HANGS_AT_EXIT.format(root=str(ROOT), before=before)
+    config = dataclasses.replace(settings(place, tmp_path / "run"), data=tmp_path)
+    command = [sys.executable, "-c", program, *command_of(config)]
+    done = subprocess.run(command, env=ONE_THREAD, timeout=60, capture_output=True, text=True, check=False)
+    assert (done.returncode, said in done.stderr) == (code, True), done.stderr
+
+
 def test_slow_check_of_a_checkpoint_is_no_standstill(place, uninterrupted, tmp_path):
     """33 GB on a disk of 50 MB/s take ten minutes, as long as --timeout: such a run could never go on."""
     out = shutil.copytree(uninterrupted[0].out, tmp_path / "run")
@@ -313,9 +362,10 @@ def test_checkpoint_is_there_before_the_validation_that_fails(place, tmp_path, m
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_and_the_run_goes_on(place, uninterrupted, tmp_path):
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_torchrun_restarts_and_the_run_goes_on(place, uninterrupted, tmp_path, resume):
     """A rank dies in the third save; torchrun starts both again, and the end has the same bits."""
-    config = settings(place, tmp_path / "run")
+    config = settings(place, tmp_path / "run", resume=resume)
     options = ["--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *options, RUN, *command_of(config)],
