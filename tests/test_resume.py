@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from tests.training import ONE_THREAD, ROOT, command_of, config_of, losses_of, make_place, weights_of
+from tests.training import ONE_THREAD, ROOT, command_of, config_of, events_of, losses_of, make_place, weights_of
 from train import checkpoint
 from train.config import TrainConfig
 from train.loop import train
@@ -149,6 +150,52 @@ def test_resume_with_another_order_of_samples_is_refused(straight, tmp_path, cha
 def test_resume_never_refuses_a_directory_with_checkpoints(straight):
     with pytest.raises(InputError, match="expected none with --resume never, got step-00000020"):
         train(dataclasses.replace(straight, resume="never"))
+
+
+@pytest.fixture
+def launched(monkeypatch) -> dist.Store:
+    """The store that a launch of torchrun keeps while it starts its ranks again."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    return store
+
+
+def started_from(config: TrainConfig) -> str | None:
+    """The checkpoint from which the last start of a run went on."""
+    path = events_of(config, "start")[-1]["checkpoint"]
+    return path and Path(path).name
+
+
+def test_restarted_with_resume_never_it_goes_on(place, tmp_path, launched):
+    config = config_of(place, tmp_path / "run", steps=4, save_every=2, resume="never")
+    assert train(config).finished
+    assert started_from(config) is None
+    for steps in (6, 8):
+        assert train(dataclasses.replace(config, steps=steps)).finished
+        assert started_from(config) == f"step-{steps - 2:08d}"
+
+
+def test_restarted_with_a_checkpoint_to_resume_from_it_takes_the_newest_since(straight, tmp_path, launched):
+    """Retention has deleted the one that it began from, and what came after it is not set aside a second time."""
+    config = copy_of(straight, tmp_path / "run", steps=20, keep=2)
+    config = dataclasses.replace(config, resume=str(config.out / "checkpoints" / "step-00000010"))
+    assert train(config).finished
+    assert not Path(config.resume).exists()
+    assert train(dataclasses.replace(config, steps=21)).finished
+    assert started_from(config) == "step-00000020"
+
+
+def test_restarted_before_its_first_checkpoint_it_begins_as_it_was_asked(straight, tmp_path, launched):
+    """From a checkpoint of another run, not from an older one that --out still has."""
+    config = copy_of(straight, tmp_path / "run", steps=20)
+    theirs = straight.out / "checkpoints" / "step-00000015"
+    shutil.rmtree(config.out / "checkpoints" / "step-00000020")
+    shutil.rmtree(config.out / "checkpoints" / "step-00000015")
+    dist.PrefixStore("launch", launched).set("begun", "15")
+    assert train(dataclasses.replace(config, resume=str(theirs))).finished
+    assert started_from(config) == "step-00000015"
 
 
 def test_interrupted_save_leaves_no_checkpoint(straight, tmp_path, monkeypatch):

@@ -39,7 +39,8 @@ class TrainConfig:
     init_from: Path | None = None
     """Hugging Face directory whose weights and shape to start from; dropout settings in it are ignored."""
     resume: str = "auto"
-    """'auto': the newest valid checkpoint of --out; 'never': start anew, --out must hold none; or a checkpoint."""
+    """'auto': the newest valid checkpoint of --out; 'never': start anew, --out must hold none; or a checkpoint. Where
+    torchrun starts the ranks again, they go on from the newest that they have written, whichever it is."""
     seed: int = 1
     """Decides the initial weights and the order of the samples."""
 

@@ -167,6 +167,29 @@ def _own_part(store: dist.Store, rank: int, size: int, wait: timedelta) -> dist.
     return dist.PrefixStore(mine, store)
 
 
+def _notes() -> dist.Store | None:
+    """What one launch of torchrun keeps while it starts its ranks again and again; None where nothing does."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return dist.PrefixStore("launch", store)
+
+
+def begun_at() -> int | None:
+    """The step at which this launch of torchrun began the run, if an earlier start of its ranks did; else None.
+
+    Its count of restarts does not tell: nodes that join, or leave, restart the others without one.
+    """
+    notes = _notes()
+    return int(notes.get("begun")) if notes is not None and notes.check(["begun"]) else None
+
+
+def note_begun(step: int) -> None:
+    """Lets later starts know where the first began."""
+    if (notes := _notes()) is not None:
+        notes.compare_set("begun", "", str(step))
+
+
 def first_to_say(what: str, store: dist.Store | None) -> bool:
     """Whether no other rank has said `what` before; true, too, where they cannot be asked any more."""
     try:

@@ -12,7 +12,7 @@ from . import checkpoint
 from .config import TrainConfig
 from .guards import Guards
 from .mixture import same_past
-from .parallel import Team
+from .parallel import Team, begun_at, note_begun
 
 
 @dataclass
@@ -63,9 +63,11 @@ def resume(
     for reason in found["rejected"]:
         console.print(f"not used: {reason}", markup=False)
     if found["path"] is None:
+        team.first(lambda: note_begun(0))
         return Start(Position(), None, found["rejected"])
     path, state = Path(found["path"]), found["state"]
     _read(path, state, tensors, config, team, console)
+    team.first(lambda: note_begun(state["step"]))
     for name, value in config.to_json().items():
         if name not in ("resume", "data", "out") and (before := state["config"].get(name)) != value:
             console.print(f"with another {name}: {before} -> {value}", markup=False)
@@ -91,11 +93,14 @@ def _choice(config: TrainConfig, description: list[dict]) -> dict:
     folder = config.out / "checkpoints"
     present = checkpoint.checkpoints(folder)
     nothing = {"path": None, "state": None, "rejected": []}
-    if config.resume == "never":
+    asked, begun = config.resume, begun_at()
+    if begun is not None and any(checkpoint.step_of(path) > begun for path in present):
+        asked = "auto"  # torchrun has started the ranks again: what they were asked for they have done
+    if asked == "never":
         if present:
             raise InputError(f"{folder}: expected none with --resume never, got {present[0].name}: take another --out")
         return nothing
-    if config.resume == "auto":
+    if asked == "auto":
         path, state, rejected = checkpoint.newest_valid(folder)
         if path is None and rejected:
             raise InputError(
@@ -105,7 +110,7 @@ def _choice(config: TrainConfig, description: list[dict]) -> dict:
         if path is None:
             return nothing
     else:
-        path, rejected = Path(config.resume), []
+        path, rejected = Path(asked), []
         state = checkpoint.verify(path)
     for name, value in {"seed": config.seed, "context": config.context}.items():
         if state[name] != value:
