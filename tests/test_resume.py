@@ -172,9 +172,9 @@ def test_restarted_with_resume_never_it_goes_on(place, tmp_path, launched):
     config = config_of(place, tmp_path / "run", steps=4, save_every=2, resume="never")
     assert train(config).finished
     assert started_from(config) is None
-    for steps in (6, 8):
+    for steps, newest in ((6, 4), (6, 6), (8, 6)):
         assert train(dataclasses.replace(config, steps=steps)).finished
-        assert started_from(config) == f"step-{steps - 2:08d}"
+        assert started_from(config) == f"step-{newest:08d}"
 
 
 def test_restarted_with_a_checkpoint_to_resume_from_it_takes_the_newest_since(straight, tmp_path, launched):
