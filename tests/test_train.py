@@ -1,6 +1,7 @@
 """The trainer: schedule, groups, accumulation, exact resume, signals, metrics and the command line."""
 
 import dataclasses
+import io
 import json
 import math
 import shutil
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training import ONE_THREAD, ROOT, SHAPE, config_of, losses_of, make_place, random_batch
+from tests.training import ONE_THREAD, ROOT, SHAPE, config_of, events_of, losses_of, make_place, random_batch
 from train import checkpoint, loop, metrics
 from train.config import TrainConfig, parse
 from train.data import IGNORED, TokenDataset
@@ -209,6 +210,52 @@ def test_failing_sink_is_reported_once_and_training_goes_on(place, tmp_path, mon
     assert train(config).finished
     assert capsys.readouterr().err.count("No space left on device") == 1
     assert len(losses_of(config)) == 4
+
+
+def test_lines_that_a_full_disk_refuses_are_written_once_it_is_not(place, tmp_path, monkeypatch, capsys):
+    """None is torn and none is lost: which samples an update was left out of is written nowhere else."""
+    config = config_of(place, tmp_path / "run", steps=12)
+    full, launch = [False], loop._Run._launch
+
+    class Disk(io.FileIO):
+        def write(self, data):
+            if not full[0]:
+                return super().write(data)
+            if len(data) > 100:
+                return super().write(data[:40])
+            raise OSError(28, "No space left on device")
+
+    def watched(run):
+        full[0] = 4 <= run.position.step < 9
+        launch(run)
+
+    monkeypatch.setattr(loop._Run, "_launch", watched)
+    monkeypatch.setattr(metrics, "open", lambda path, mode, buffering: Disk(path, mode), raising=False)
+    assert train(config).finished
+    assert [step for step, *_ in losses_of(config)] == list(range(1, 13))
+    assert [event["step"] for event in events_of(config, "save")] == [5, 10, 12]
+    assert 1 <= capsys.readouterr().err.count("metrics: not written: [Errno 28] No space left on device") <= 2
+
+
+def test_lines_wait_in_bounded_memory_and_survive_a_file_system_that_comes_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "MOST_WAITING", 200)
+    path = tmp_path / "gone" / "events.jsonl"
+    lines = metrics._Lines(path)
+    for number in range(100):
+        with pytest.raises(OSError):
+            lines.add({"event": number})
+    path.parent.mkdir()
+    lines.add({"event": "back"})
+    lines.close()
+    written = [line["event"] for line in metrics.read_lines(path)]
+    assert written[:-1] == list(range(len(written) - 1))
+    assert len(path.read_bytes()) < 300
+
+
+def test_line_after_one_that_a_crash_tore_is_whole(tmp_path):
+    (tmp_path / "events.jsonl").write_text('{"event": 1}\n{"eve')
+    metrics._Lines(tmp_path / "events.jsonl").add({"event": 2})
+    assert metrics.read_lines(tmp_path / "events.jsonl") == [{"event": 1}, {"event": 2}]
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,8 @@ class Curve:
 class Dashboard:
     """Progress, loss, speed, utilisation, the split of a step, memory and the time left, of the whole run."""
 
+    recovers = False
+
     def __init__(self, info: RunInfo):
         self.info, self.console = info, info.console
         self._record, self._val, self._loss, self._rate, self._skipped = {}, None, None, None, 0

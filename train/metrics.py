@@ -43,6 +43,7 @@ from .config import TrainConfig
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
+MOST_WAITING = 1 << 20  # bytes of lines that could not be written
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -100,7 +101,13 @@ def _cpu() -> str:
 
 
 class Sink(Protocol):
-    """Somewhere that records and events go. May raise what it likes: RunLog then leaves it out and says so once."""
+    """Somewhere that records and events go. May raise what it likes: RunLog says so once and then leaves it out.
+
+    One that `recovers` is given the next ones all the same: a full disk is not full for ever, and which samples were
+    left out is written nowhere else.
+    """
+
+    recovers: bool
 
     def write(self, record: dict) -> None: ...
 
@@ -122,8 +129,46 @@ class RunInfo:
     console: Console
 
 
+class _Lines:
+    """A file of JSON lines, written through. What could not be written waits: the next line is written after it."""
+
+    def __init__(self, path: Path):
+        self._path, self._file, self._waiting = path, None, bytearray()
+        if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+            self._waiting += b"\n"  # a crash tore the last line: the next is not to be part of it
+
+    def add(self, value: dict) -> None:
+        """Raises OSError where the line has to wait, or, when too many do, is left out."""
+        if len(self._waiting) < MOST_WAITING:
+            self._waiting += json.dumps(value).encode() + b"\n"
+        self._write()
+
+    def _write(self) -> None:
+        try:
+            if self._file is None:
+                self._file = open(self._path, "ab", buffering=0)
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
+        except OSError:
+            self._shut()  # the file system may have gone away and come back: a new handle then works, the old does not
+            raise
+
+    def _shut(self) -> None:
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+            self._file = None
+
+    def close(self) -> None:
+        """A last try for what waits."""
+        self._write()
+        self._shut()
+
+
 class JsonLines:
     """Appends records to metrics.jsonl and events to events.jsonl, one line each, written through."""
+
+    recovers = True
 
     def __init__(self, info: RunInfo):
         """Drops records after the step that the run goes on from, which it will write again: curves do not double."""
@@ -131,14 +176,13 @@ class JsonLines:
         partial = info.run / f"{METRICS}.partial"
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         os.replace(partial, info.run / METRICS)
-        self._records = (info.run / METRICS).open("a", encoding="utf-8", buffering=1)
-        self._events = (info.run / EVENTS).open("a", encoding="utf-8", buffering=1)
+        self._records, self._events = _Lines(info.run / METRICS), _Lines(info.run / EVENTS)
 
     def write(self, record: dict) -> None:
-        self._records.write(json.dumps(record) + "\n")
+        self._records.add(record)
 
     def event(self, event: dict) -> None:
-        self._events.write(json.dumps(event) + "\n")
+        self._events.add(event)
 
     def close(self) -> None:
         self._records.close()
@@ -147,6 +191,8 @@ class JsonLines:
 
 class TensorBoard:
     """Writes records to RUN/tb; what was written there after the step that the run goes on from no longer shows."""
+
+    recovers = False
 
     def __init__(self, info: RunInfo):
         from tensorboard.compat.proto.summary_pb2 import Summary  # slow to import, and an extra
@@ -168,33 +214,40 @@ class TensorBoard:
 
 
 class RunLog:
-    """Gives the records and events of a run to its sinks; one that fails is reported once and left out."""
+    """Gives the records and events of a run to its sinks; one that fails is reported each time it begins to."""
 
     def __init__(self, info: RunInfo, sinks: Sequence[Callable[[RunInfo], Sink]]):
-        self._console, self._sinks = info.console, []
+        self._console, self._sinks, self._failing = info.console, [], set()
         for opener in sinks:
-            self._guarded(lambda opener=opener: self._sinks.append(opener(info)))
+            self._guarded(opener, lambda opener=opener: self._sinks.append(opener(info)))
 
     def write(self, record: dict) -> None:
         """One record, as the module's docstring lists them."""
-        self._sinks = [sink for sink in self._sinks if self._guarded(lambda sink=sink: sink.write(record))]
+        self._give(lambda sink: sink.write(record))
 
     def event(self, kind: str, step: int, **details: object) -> None:
         """Something that happens rarely; `details` are JSON values."""
         event = {"event": kind, "step": step, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **details}
-        self._sinks = [sink for sink in self._sinks if self._guarded(lambda sink=sink: sink.event(event))]
+        self._give(lambda sink: sink.event(event))
 
     def close(self) -> None:
         for sink in self._sinks:
-            self._guarded(sink.close)
+            self._guarded(sink, sink.close)
 
-    def _guarded(self, action: Callable[[], None]) -> bool:
+    def _give(self, action: Callable[[Sink], None]) -> None:
+        self._sinks = [s for s in self._sinks if self._guarded(s, lambda s=s: action(s)) or s.recovers]
+
+    def _guarded(self, what: object, action: Callable[[], None]) -> bool:
+        """Whether `action`, of a sink or what opens one, succeeds."""
         try:
             action()
+            self._failing.discard(what)
             return True
         except Exception as error:
-            with suppress(Exception):  # the terminal itself may be what is gone
-                self._console.print(f"metrics: not written from here on: {error}", markup=False)
+            if what not in self._failing:
+                self._failing.add(what)
+                with suppress(Exception):  # the terminal itself may be what is gone
+                    self._console.print(f"metrics: not written: {error}", markup=False)
             return False
 
 
