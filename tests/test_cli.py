@@ -71,9 +71,15 @@ class TestText:
         assert printed == tokenizer.decode(ids) + "\n"
 
     def test_several_prompts_and_samples_each_as_alone(self, cli):
-        blocks = re.split(r"\[\d/4\]\n", cli("年轻人", "the", "--num-samples", "2", "--max-new-tokens", "5").out)[1:]
-        assert len(blocks) == 4
-        assert blocks[0] == cli("年轻人", "--max-new-tokens", "5").out
+        options = ("--num-samples", "2", "--max-new-tokens", "5")
+
+        def blocks(*prompts: str) -> list[str]:
+            return re.split(r"\[\d/\d\]\n", cli(*prompts, *options).out)[1:]
+
+        together = blocks("年轻人", "the")
+        assert len(set(together)) == 4
+        assert together == blocks("年轻人") + blocks("the")
+        assert together[2] == cli("the", "--max-new-tokens", "5").out
 
     def test_the_seed_decides(self, cli):
         texts = [cli("年轻人", "--seed", seed, "--max-new-tokens", "10").out for seed in ("1", "1", "2")]

@@ -102,9 +102,21 @@ class TestSamplesDoNotTouchEachOther:
         prompts = prompts_of(PHI_2, 3, 12, 1, 9, 7)
         together = Generator(model, rows=rows).generate(prompts, max_length=14, **options)
         for i, prompt in enumerate(prompts):
-            # Others that end at once stand before it, so that it has the same index.
-            alone = Generator(model, rows=1).generate([*[[0]] * i, prompt], max_length=14, **options)
-            assert together[i] == alone[i]
+            assert Generator(model, rows=1).generate([prompt], max_length=14, **options) == [together[i]]
+
+    def test_a_prompt_given_several_times_gets_the_samples_it_gets_alone(self, model):
+        first, second = prompts_of(PHI_2, 5, 5)
+        options = {"max_new_tokens": 8, "seed": 1}
+        alone = [Generator(model).generate([prompt] * 3, **options) for prompt in (first, second)]
+        together = Generator(model, rows=2).generate([first, second, tuple(first), first, second], **options)
+        assert [together[i] for i in (0, 2, 3)] == alone[0]
+        assert [together[i] for i in (1, 4)] == alone[1][:2]
+        assert len({tuple(tokens) for tokens in [*alone[0], *alone[1]]}) == 6
+
+    def test_different_prompts_do_not_draw_the_same_noise(self, model):
+        """With a temperature that leaves noise alone, one key for all would give all of them the same tokens."""
+        drawn = Generator(model).generate(prompts_of(PHI_2, 3, 12, 1, 9), temperature=1e6, max_new_tokens=8)
+        assert len({tuple(tokens) for tokens in drawn}) == 4
 
     @pytest.mark.parametrize("poison", [math.nan, 1e30])
     def test_unused_cache_may_hold_anything(self, model, poison):
@@ -164,13 +176,12 @@ class TestPrefixes:
         monkeypatch.setitem(PREFILL_CHUNK, "cpu", 8)
         return calls
 
-    def test_equal_prompts_are_prefilled_once(self, model, prefilled):
+    def test_equal_prompts_are_prefilled_once(self, model, prefilled, monkeypatch):
         prompt = prompts_of(PHI_2, 30)[0]
         together = Generator(model).complete([prompt, prompt, prompt], max_new_tokens=8, seed=1)
         assert prefilled == [(0, 8), (8, 8), (16, 8), (24, 6)]
-        for sample in range(3):
-            others = [[0]] * sample  # so that it has the same index
-            assert Generator(model).complete([*others, prompt], max_new_tokens=8, seed=1)[-1] == together[sample]
+        monkeypatch.setattr(generator_module._Prefilled, "shared", lambda *_: 0)
+        assert Generator(model).complete([prompt, prompt, prompt], max_new_tokens=8, seed=1) == together
         assert together[0].tokens != together[1].tokens
 
     @pytest.mark.parametrize(
@@ -191,7 +202,7 @@ class TestPrefixes:
         first, tail = prompts_of(PHI_2, 30, 40)
         tail[same] = (first[same] + 1) % PHI_2.vocab if same < 30 else tail[same]
         second = [*first[:same], *tail[same:length]]
-        alone = Generator(model).complete([[0], second], max_new_tokens=8, seed=1)[1]
+        (alone,) = Generator(model).complete([second], max_new_tokens=8, seed=1)
         prefilled.clear()
         together = Generator(model, rows=rows).complete([first, second], max_new_tokens=8, seed=1)
         assert prefilled[4:] == expected

@@ -1,7 +1,9 @@
 """The samplers against transformers', the draw against its distribution, and the keys that a draw depends on."""
 
+import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -42,7 +44,7 @@ def processed(values: torch.Tensor, sampling: Sampling, seen: torch.Tensor | Non
 
 def draw(values: torch.Tensor, sampling: Sampling, draws: list[tuple[int, int]]) -> torch.Tensor:
     """One token for each row of processed logits; draws: (sample, step) of each."""
-    keys = torch.tensor([draw_key(sampling.seed, sample) for sample, _ in draws])
+    keys = torch.tensor([draw_key(sampling.seed, (), sample) for sample, _ in draws])
     return choose(values, sampling, keys, torch.tensor([step for _, step in draws]))
 
 
@@ -131,7 +133,7 @@ class TestNoise:
             x = signed((x ^ x >> 27) * 0x94D049BB133111EB)
             return -math.log(-math.log(x * (2.0**-64 * (1 - 2.0**-52)) + 0.5))
 
-        keys, steps = [draw_key(5, 0), draw_key(2**64 - 1, 10**6), 2**63 - 1], [0, 2047, 3]
+        keys, steps = [draw_key(5, (), 0), draw_key(2**64 - 1, [7] * 2048, 10**6), 2**63 - 1], [0, 2047, 3]
         actual = gumbel(torch.tensor(keys), torch.tensor(steps), 300)
         for row in range(3):
             wanted = [expected(keys[row], steps[row], token) for token in range(300)]
@@ -150,7 +152,7 @@ class TestNoise:
             noise = gumbel(torch.tensor([largest]), torch.tensor([0]), 1).item()
             assert abs(noise - expected) < 1e-6
 
-    @pytest.mark.parametrize("along", ["tokens", "steps", "samples", "seeds"])
+    @pytest.mark.parametrize("along", ["tokens", "steps", "samples", "seeds", "prompts"])
     def test_uniform_and_no_neighbour_tells_of_the_next(self, along):
         """exp(-exp(-noise)) in the order of one of the counters: values in 256 bins, successive pairs in 16 x 16; and
         its bits further behind, which a weak finaliser leaves in order.
@@ -158,11 +160,16 @@ class TestNoise:
         n = 65_536
         zeros, counter = torch.zeros(n, dtype=torch.int64), torch.arange(n)
         if along == "tokens":
-            noise = gumbel(torch.tensor([draw_key(0, 0)]), zeros[:1], n)[0]
+            noise = gumbel(torch.tensor([draw_key(0, (), 0)]), zeros[:1], n)[0]
         elif along == "steps":
-            noise = gumbel(zeros + draw_key(0, 0), counter, 1)[:, 0]
+            noise = gumbel(zeros + draw_key(0, (), 0), counter, 1)[:, 0]
         else:
-            keys = [draw_key(0, i) if along == "samples" else draw_key(i, 0) for i in range(n)]
+            key_of = {
+                "samples": lambda i: draw_key(0, [5], i),
+                "seeds": lambda i: draw_key(i, [5], 0),
+                "prompts": lambda i: draw_key(0, [i], 0),
+            }
+            keys = list(map(key_of[along], range(n)))
             noise = gumbel(torch.tensor(keys), zeros, 1)[:, 0]
         uniform = (-(-noise).exp()).exp()
         for digits in (uniform, uniform * 2**12 % 1, uniform * 2**24 % 1):
@@ -185,8 +192,13 @@ class TestNoise:
             flipped = (before ^ bits(keys ^ (1 << bit if bit < 63 else -(2**63)))).double().mean(0)
             assert (flipped - 0.5).abs().max() < 0.05, bit  # 6 standard deviations
 
-    def test_keys_of_different_samples_and_seeds_differ(self):
-        assert len({draw_key(seed, sample) for seed in range(100) for sample in range(100)}) == 10_000
+    def test_keys_of_different_samples_seeds_and_prompts_differ(self):
+        prompts = ([], [1], [11], [1, 1], [1, 11], [11, 1])
+        keys = {draw_key(*of) for of in itertools.product(range(40), prompts, range(40))}
+        assert len(keys) == 40 * len(prompts) * 40
+
+    def test_a_key_is_of_the_ids_whatever_holds_them(self):
+        assert draw_key(1, torch.tensor([3, 5]), 0) == draw_key(1, np.array([3, 5]), 0) == draw_key(1, (3, 5), 0)
 
     def test_counters_do_not_meet_within_a_sample(self):
         """No two (step, token) of a context of 2048 and a vocabulary of 51,200 are the same hash input."""
@@ -196,7 +208,7 @@ class TestNoise:
 
     @pytest.mark.gpu
     def test_is_the_same_on_a_gpu(self):
-        keys, steps = torch.tensor([draw_key(0, i) for i in range(8)]), torch.arange(8)
+        keys, steps = torch.tensor([draw_key(0, (), i) for i in range(8)]), torch.arange(8)
         torch.testing.assert_close(
             gumbel(keys.cuda(), steps.cuda(), 5000).cpu(), gumbel(keys, steps, 5000), rtol=1e-12, atol=1e-12
         )

@@ -148,9 +148,9 @@ class DecodeBatch:
     def begin(self, slot: int, prompt: Sequence[int], limit: int, sample: int, logits: Tensor) -> Record:
         """Begins a sequence in `slot`, where its prompt is already in the cache, with a token drawn from `logits`.
 
-        `limit` is the length, prompt included, at which it ends; `sample` and the seed are the key of its draws.
+        `limit` is the length, prompt included, at which it ends; seed, prompt and `sample` are the key of its draws.
         """
-        key = draw_key(self._sampling.seed, sample)
+        key = draw_key(self._sampling.seed, prompt, sample)
         sent = self._sent(torch.tensor([slot, len(prompt), limit, len(prompt), key, *prompt]))
         rows, prompt = sent[:1], sent[5:]
         with torch.cuda.device_of(rows):

@@ -1,6 +1,6 @@
 """Generator: completions of token sequences. It knows ids only; text is generate.py's.
 
-Each prompt is prefilled alone, in fixed chunks; rows of a decode step do not see each other; draws are keyed by sample
+Each prompt is prefilled alone, in fixed chunks; rows of a decode step do not see each other; draws are keyed by prompt
 and step. So a sample's tokens are the same, bit for bit, whatever else is in the batch and whenever it joined.
 
 The host schedules: which prompt takes which slot, which slots a step serves, what ends. It runs ahead of the device by
@@ -8,7 +8,7 @@ LAG steps and never waits for a token in order to launch what comes next, so it 
 what such a sample got since is thrown away.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -88,6 +88,9 @@ class Generator:
         lookup: int = 0,
     ) -> "Stream":
         """Iterates over the new tokens of all prompts as they come, a Step each.
+
+        A prompt gets what it would get alone. Given several times it gets, in order, the samples 0, 1, 2 ... that it
+        would get given as often alone: with a temperature above 0 they differ.
 
         A sample ends at one of `stop_ids` (default: the model's end of text), after `max_new_tokens`, at `max_length`
         (which counts the prompt) or at the model's context, whatever is first. `sampling.Sampling` tells the rest.
@@ -182,6 +185,15 @@ class _Prefilled:
         return min(same, len(prompt) - 1) // chunk * chunk
 
 
+def _copies(prompts: Sequence[Sequence[int]]) -> Iterator[int]:
+    """Of each prompt, how many equal ones come before it."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    for prompt in prompts:
+        key = tuple(prompt)
+        yield seen[key]
+        seen[key] += 1
+
+
 class Stream(Iterator[Step]):
     """What `Generator.stream` returns. `stop` ends one sample early."""
 
@@ -201,7 +213,7 @@ class Stream(Iterator[Step]):
         self._chunk, self._lag = PREFILL_CHUNK[device], LAG[device]
         self._slots = min(generator.rows, len(prompts), MAX_ROWS // (1 + lookup))
         self._positions = max(limits, default=1)
-        self._waiting = deque(zip(range(len(prompts)), prompts, limits, strict=True))
+        self._waiting = deque(zip(range(len(prompts)), prompts, limits, _copies(prompts), strict=True))
         self._active: list[_Sequence] = []
         self._prefilled: dict[int, _Prefilled] = {}  # by slot
         self._records: deque[tuple[list[_Sequence], Record]] = deque()  # launched and not read, oldest first
@@ -238,7 +250,7 @@ class Stream(Iterator[Step]):
         finally:
             self._generator._keep_batch(batch)
 
-    def _admit(self, batch: DecodeBatch, sample: int, prompt: Sequence[int], limit: int) -> None:
+    def _admit(self, batch: DecodeBatch, sample: int, prompt: Sequence[int], limit: int, copy: int) -> None:
         """Gives a prompt a free slot. What a slot already has of it is copied from there: same tokens, same bits."""
         taken = {sequence.slot for sequence in self._active}
         shared = {slot: held.shared(prompt, self._chunk) for slot, held in self._prefilled.items()}
@@ -253,7 +265,7 @@ class Stream(Iterator[Step]):
         self._prefilled[slot] = _Prefilled(prompt, logits)
         sequence = _Sequence(sample, prompt, limit, slot)
         self._active.append(sequence)
-        self._launched([sequence], batch.begin(slot, prompt, limit, sample, logits))
+        self._launched([sequence], batch.begin(slot, prompt, limit, copy, logits))
 
     def _launched(self, sequences: list[_Sequence], record: Record) -> None:
         self._records.append((sequences, record))

@@ -5,11 +5,13 @@ greedy: the largest penalised logit, the first of equals.
 
 The draw adds Gumbel noise and takes the largest (Gumbel-max, Maddison et al. 2014, arXiv:1411.0030), so a token of
 probability zero is never drawn. The noise is a counter hashed by splitmix64's finaliser (Steele, Lea, Flood 2014,
-doi:10.1145/2660193.2660195): a function of (seed, sample, step, token) alone. What else is in the batch, when a sample
-began and on which device it runs change nothing.
+doi:10.1145/2660193.2660195): a function of (seed, prompt, sample, step, token) alone. What else is in the batch, when a
+sample began and on which device it runs change nothing.
 """
 
+import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -122,16 +124,13 @@ _MIX_1 = _signed(0xBF58476D1CE4E5B9)
 _MIX_2 = _signed(0x94D049BB133111EB)
 
 
-def draw_key(seed: int, sample: int) -> int:
-    """The int64 that `gumbel` takes as the key of all draws of one sample: a hash of both."""
+def draw_key(seed: int, prompt: Sequence[int], sample: int) -> int:
+    """The int64 that `gumbel` takes as the key of all draws of one sample of `prompt`: a hash of the three.
 
-    def mix(x: int) -> int:
-        x %= 2**64
-        x = (x ^ x >> 30) * _MIX_1 % 2**64
-        x = (x ^ x >> 27) * _MIX_2 % 2**64
-        return x ^ x >> 31
-
-    return _signed(mix(mix(seed + _STEP) + sample * _STEP))
+    The prompt is part of it so that different ones do not draw the same noise.
+    """
+    text = " ".join(str(int(number)) for number in (seed, sample, *prompt))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def gumbel(keys: Tensor, steps: Tensor, V: int) -> Tensor:
