@@ -169,6 +169,24 @@ def with_nan(config: TrainConfig, rank: int, steps: list[int]) -> dict:
         return {"hashes": hashes, "error": f"{type(error).__name__}: {error}"}
 
 
+def with_nan_in_a_gradient(config: TrainConfig, rank: int, step: int) -> int:
+    """A run in which one rank's gradient, not its loss, has a NaN in a step."""
+    launch, summed = loop._Run._launch, loop._summed_loss
+
+    def poisoned(run):
+        def loss_of(model, *arguments):
+            loss = summed(model, *arguments)
+            if run.ranks.rank == rank and run.position.step + 1 == step:
+                loss.register_hook(lambda gradient: gradient * float("nan"))
+            return loss
+
+        loop._summed_loss = loss_of
+        launch(run)
+
+    loop._Run._launch = poisoned
+    return trained(config)
+
+
 def with_flipped_bit(config: TrainConfig, rank: int, step: int) -> str | None:
     """A run in which a bit of one rank's part of a parameter flips before a step; the error that it ends with."""
     launch = loop._Run._launch

@@ -39,6 +39,16 @@ def test_nan_on_one_rank_changes_nothing_on_any(place, tmp_path, size):
     assert (state["step"], state["updates"], state["finite"]) == (8, 7, True)
 
 
+def test_nan_in_a_gradient_alone_is_left_out_and_no_rank_accused(place, tmp_path):
+    """Summed, it is in every rank's part, whoever it came from: the event says where it was seen."""
+    config = config_of(place, tmp_path / "run", micro_batch=1, steps=4)
+    assert ranks.run(2, rank_jobs.with_nan_in_a_gradient, config, 1, 2) == [4, 4]
+    (event,) = events_of(config, "skip")
+    assert (event["step"], event["ranks"], event["parts"]) == (2, [], [0, 1])
+    assert math.isfinite(event["loss"])
+    assert math.isnan(event["grad_norm"])
+
+
 def test_resumed_after_a_skipped_update_is_bit_identical(place, tmp_path, monkeypatch):
     """AdamW's bias correction counts updates, not steps."""
     straight, resumed = (config_of(place, tmp_path / name, steps=12, save_every=4) for name in ("one", "two"))

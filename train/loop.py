@@ -271,8 +271,8 @@ class _Run:
         )  # fmt: skip
         samples = [step.sample, step.sample + config.batch]
         if skipped:
-            ranks = [rank for rank, value in enumerate(losses) if not math.isfinite(value)]
-            self.log.event("skip", step.step, loss=loss, grad_norm=norm, samples=samples, ranks=ranks)
+            ranks, parts = ([r for r, x in enumerate(values) if not math.isfinite(x)] for values in (losses, squares))
+            self.log.event("skip", step.step, loss=loss, grad_norm=norm, samples=samples, ranks=ranks, parts=parts)
         if position.guards.judge(step.step, loss, norm, config.max_skipped) and config.spike != "off":
             self.log.event("spike", step.step, loss=loss, samples=samples)
             if config.spike == "rewind":
