@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import shutil
 import threading
@@ -19,6 +20,7 @@ from train import checkpoint, saver
 from train.config import TrainConfig
 from train.loop import train
 from train.parallel import ALONE
+from xiangxin_fast import strict_files
 from xiangxin_fast.errors import InputError
 
 
@@ -76,8 +78,7 @@ def test_every_damage_of_every_file_is_named_and_the_one_before_is_used(two_rank
         path, state, rejected = checkpoint.newest_valid(folder)
         assert (path, state["step"]) == (before, 5), damage
         assert str(newest) in str(rejected[0]), damage
-        if name != checkpoint.MANIFEST:  # a damaged manifest can only say what does not fit it
-            assert file.name in str(rejected[0]), damage
+        assert f"{file.name}: " in str(rejected[0]), damage
         assert "\n" not in str(rejected[0])
         count += 1
     assert count >= 84
@@ -135,6 +136,43 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     assert writer.outcome(wait=True) == (1, None)
     (file,) = (tmp_path / "step-00000001").glob("*.safetensors")
     assert load_file(file)["model.w"].tolist() == [1, 1, 1]
+
+
+def test_everything_is_on_the_disk_before_a_name_says_that_it_is(tmp_path, monkeypatch):
+    """Incident: NVRx#359, fsync of a file whose last bytes had not left the process. Files are synced at their full
+    size, a directory after the last change in it, and only then comes the next name."""
+    done, sizes, sync = [], [], checkpoint.sync
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+
+    def synced(path):
+        sizes.clear()
+        sync(path)
+        assert sizes == [path.stat().st_size]
+        done.append(f"sync {path.name}")
+
+    def noting(action):
+        def renamed(old, new):
+            action(old, new)
+            done.append(f"{Path(old).name} -> {Path(new).name}")
+
+        return renamed
+
+    monkeypatch.setattr(os, "fsync", lambda handle: (fsync(handle), sizes.append(os.fstat(handle).st_size)))
+    monkeypatch.setattr(os, "rename", noting(rename))
+    monkeypatch.setattr(os, "replace", noting(replace))
+    for module in (checkpoint, strict_files):
+        monkeypatch.setattr(module, "sync", synced)
+    checkpoint.save(tmp_path / "run", {"model.w": torch.ones(3)}, {"step": 1})
+    assert done == [
+        "sync shard-00001-model-00001-of-00001.safetensors",
+        "sync state.json.partial",
+        "state.json.partial -> state.json",
+        "sync manifest.json.partial",
+        "manifest.json.partial -> manifest.json",
+        "sync step-00000001.partial",
+        "step-00000001.partial -> step-00000001",
+        "sync run",
+    ]
 
 
 def test_writing_a_checkpoint_never_waits_for_the_gpu(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
     step-00000200/
         shard-*.safetensors   parameters and AdamW's moments: torch.distributed.checkpoint, safetensors storage
         state.json            step, position in the data, ...; name, dtype and shape of every tensor
-        manifest.json         size and sha256 of each of the files above
+        manifest.json         size and sha256 of each of the files above; sha256 of all that it says
 
 A checkpoint is written under another name, fsynced, and renamed: a directory called step-N is complete unless its files
 were damaged later, which the manifest shows. None of the three formats can hold code, and none of torch's own would
@@ -29,7 +29,7 @@ from xiangxin_fast.strict_files import read_json, sync, write_json
 from .failpoints import reach
 from .parallel import Team
 
-FORMAT = "xiangxin-fast training checkpoint 1"
+FORMAT = "xiangxin-fast training checkpoint 2"
 MANIFEST, STATE = "manifest.json", "state.json"
 NAME = re.compile(r"step-(\d{8,})")
 FILE_BYTES = 4 << 30  # of tensors, over all ranks: the writer holds one file's bytes in memory on top of its tensors
@@ -111,7 +111,8 @@ def _complete(partial: Path, final: Path, state: dict, files: dict[str, dict]) -
     write_json(partial / STATE, state)
     files[STATE] = _entry(partial / STATE)
     reach("before_manifest", 0)
-    write_json(partial / MANIFEST, {"format": FORMAT, "files": files})
+    manifest = {"format": FORMAT, "step": state["step"], "files": files}
+    write_json(partial / MANIFEST, manifest | {"sha256": _sha256_of(manifest)})
     sync(partial)
     reach("before_rename", 0)
     partial.rename(final)
@@ -135,8 +136,13 @@ def _verified_state(path: Path) -> dict:
     manifest = read_json(path / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise InputError(f"{MANIFEST}: expected format {FORMAT!r}, got {manifest.get('format')!r}")
-    if (path / MANIFEST).read_text(encoding="utf-8") != json.dumps(manifest, indent=2, ensure_ascii=False) + "\n":
+    if (path / MANIFEST).read_bytes() != (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode():
         raise InputError(f"{MANIFEST}: expected it as it was written, got other spacing")
+    given = manifest.pop("sha256", None)
+    if (digest := _sha256_of(manifest)) != given:
+        raise InputError(f"{MANIFEST}: expected sha256 {given} as it says itself, got {digest}")
+    if NAME.fullmatch(path.name) and step_of(path) != manifest["step"]:
+        raise InputError(f"{MANIFEST}: expected step {step_of(path)}, got {manifest['step']}")
     expected, found = {MANIFEST, *manifest["files"]}, {entry.name for entry in path.iterdir()}
     for name in sorted(expected ^ found):
         raise InputError(f"{name}: missing" if name in expected else f"{name}: no file of this checkpoint")
@@ -148,10 +154,7 @@ def _verified_state(path: Path) -> dict:
         for (name, entry), digest in zip(manifest["files"].items(), digests, strict=True):
             if digest != entry["sha256"]:
                 raise InputError(f"{name}: expected sha256 {entry['sha256']}, got {digest}")
-    state = read_json(path / STATE)
-    if NAME.fullmatch(path.name) and step_of(path) != state["step"]:
-        raise InputError(f"{STATE}: expected step {step_of(path)}, got {state['step']}")
-    return state
+    return read_json(path / STATE)
 
 
 def load(path: Path, state: dict, tensors: dict[str, Tensor], team: Team = ALONE) -> None:
@@ -226,6 +229,10 @@ def _is_finite(path: Path) -> bool:
 
 def _description(tensors: dict[str, Tensor]) -> dict[str, list]:
     return {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
+
+
+def _sha256_of(value: dict) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
