@@ -46,6 +46,21 @@ def out_of_memory(config: TrainConfig, on: list[int]) -> None:
     commanded(command_of(config))
 
 
+def on_a_full_disk(config: TrainConfig, after: int) -> None:
+    """The command line of a run of which only so many checkpoints find room."""
+    save, saved = checkpoint.save, []
+
+    def full(folder, tensors, state, team):
+        saved.append(state["step"])
+        time.sleep(0.05 * team.rank)  # ranks come to know of it at different steps
+        if len(saved) > after:
+            raise OSError(28, "No space left on device")
+        return save(folder, tensors, state, team)
+
+    checkpoint.save = full
+    commanded(command_of(config))
+
+
 def slow_to_resume(config: TrainConfig, seconds: float) -> int:
     """A run whose rank 0 takes so long to check the checkpoint that it goes on from."""
     verify = checkpoint.verify

@@ -149,6 +149,19 @@ def test_too_little_free_space_is_noticed_before_writing(place, tmp_path, monkey
     assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(config.out / "checkpoints")] == [6, 4]
 
 
+def test_checkpoints_that_stay_unwritten_end_the_run_with_a_code_of_its_own(place, tmp_path):
+    """Incident: SimpleTuner#2353, a run that trained on for nothing on a full disk. Three failures in a row end it."""
+    config = settings(place, tmp_path / "run", steps=100_000, save_every=3)
+    ended = ranks.start(2, rank_jobs.on_a_full_disk, config, 2, stderr=tmp_path).wait(60)
+    assert all(end.error.startswith("SystemExit: 4") for end in ended), ended
+    said = "".join((tmp_path / f"rank{rank}.err").read_text() for rank in range(2))
+    assert said.count("error: ") == 1, said
+    assert "got 3 failures in a row, the last: [Errno 28] No space left on device; the same command goes on" in said
+    assert [event["step"] for event in events_of(config, "save_failed")] == [9, 12, 15]
+    newest, _, rejected = checkpoint.newest_valid(config.out / "checkpoints")
+    assert (checkpoint.step_of(newest), rejected) == (6, [])
+
+
 def limited(config: TrainConfig) -> str:
     """A run that may write no file beyond 64 KiB; how it ends."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, 64 << 10))

@@ -1,4 +1,5 @@
-"""Guards: what a run does about losses that are not finite, or that jump. Pure host code over the steps' records.
+"""Guards: what a run does about losses that are not finite, or that jump, and about checkpoints that are not written.
+Pure host code over the steps' records.
 
 Updates whose loss or gradient is not finite are left out on the device, by all ranks alike, before any of this runs;
 Guards counts them and ends the run when they do not stop. A spike is a loss far above those before it, several steps in
@@ -18,6 +19,15 @@ SIGMAS = 6.0  # above what they lead to expect, in standard deviations as their 
 RISE = 0.05  # and at least this part of it above it: a flat curve deviates by next to nothing
 PATIENCE = 3  # steps in a row
 SIGMA_PER_MAD = 1.4826  # of a normal distribution
+MOST_UNSAVED = (
+    3  # checkpoints in a row that could not be written: what trains on for longer is lost with the next fault
+)
+
+
+class NotSaved(InputError):
+    """Training stops since its checkpoints cannot be written, of which a disk is the reason, and no option."""
+
+    EXIT_CODE = 4
 
 
 @dataclass

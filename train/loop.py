@@ -34,7 +34,7 @@ from . import parallel
 from .config import TrainConfig
 from .dashboard import Dashboard
 from .data import IGNORED, Batch, Samples
-from .guards import PATIENCE
+from .guards import MOST_UNSAVED, PATIENCE, NotSaved
 from .metrics import JsonLines, RunInfo, RunLog, TensorBoard, environment, read_metrics, terminal
 from .mixture import HeldOut, Mixture
 from .optim import Optimizer, learning_rate
@@ -108,7 +108,7 @@ class _Step:
     sample: int  # the first of its batch
     tokens: int  # seen, its own included
     lr: float
-    reports: Tensor  # [ranks, 4] on the host: loss, squared norm, whether to stop, seconds
+    reports: Tensor  # [ranks, 5] on the host: loss, squared norm, whether to stop, whether saving fails, seconds
     marks: tuple  # of the stopwatch: start, samples there, gradients there, updated
     ready: Callable[[], None]  # waits until `reports` is written
 
@@ -146,6 +146,7 @@ class _Run:
         self.log.event("start", self.position.step, ranks=ranks.size, checkpoint=path, sample=self.position.sample)
         self.saver = Saver(config.out / "checkpoints", config.keep, ranks, watchdog.progress)
         self.saved = self.position.step  # where the newest checkpoint was begun
+        self.unsaved = 0  # in a row
         self.stopping = False  # as all ranks know
         self.rewinds: list[int] = []
 
@@ -227,7 +228,8 @@ class _Run:
         loss = accumulate_gradients(self.model, batch, config, ranks)
         marks.append(self.stopwatch.mark())
         clock = time.monotonic() - self.begun
-        known = parallel.to_device(torch.tensor([self.stop_wanted.is_set(), clock], dtype=torch.float64), ranks.device)
+        known = torch.tensor([self.stop_wanted.is_set(), self.unsaved >= MOST_UNSAVED, clock], dtype=torch.float64)
+        known = parallel.to_device(known, ranks.device)
         mine = torch.cat([loss.double()[None], self.optimizer.squared_norm()[None], known])
         reports = ranks.gather(mine)
         norm = (reports[:, 1].sum() / ranks.replicas).sqrt()
@@ -250,7 +252,7 @@ class _Run:
     def _settle_one(self, step: _Step) -> None:
         config, position = self.config, self.position
         step.ready()
-        losses, squares, stops, clocks = step.reports.T.tolist()
+        losses, squares, stops, unsaved, clocks = step.reports.T.tolist()
         loss, norm = sum(losses), math.sqrt(sum(squares) / self.ranks.replicas)
         self.stopping |= any(stops)
         position.seconds = clocks[0]
@@ -273,6 +275,12 @@ class _Run:
         if skipped:
             ranks, parts = ([r for r, x in enumerate(values) if not math.isfinite(x)] for values in (losses, squares))
             self.log.event("skip", step.step, loss=loss, grad_norm=norm, samples=samples, ranks=ranks, parts=parts)
+        if any(unsaved):
+            self._report_saving(wait=True)
+            raise NotSaved(
+                f"{config.out / 'checkpoints'}: expected a checkpoint to be written, got {MOST_UNSAVED} failures in a "
+                f"row, the last: {self.failure}; the same command goes on from the newest that is there"
+            )
         if position.guards.judge(step.step, loss, norm, config.max_skipped) and config.spike != "off":
             self.log.event("spike", step.step, loss=loss, samples=samples)
             if config.spike == "rewind":
@@ -330,16 +338,18 @@ class _Run:
         if outcome := self.saver.outcome(wait):
             step, self.failure = outcome
             if self.failure is None:
+                self.unsaved = 0
                 self.log.event("save", step)
             else:
                 self.saved = -1
+                self.unsaved += 1
                 self.log.event("save_failed", step, reason=self.failure)
 
     def _finish_saving(self) -> None:
         """Waits for the last checkpoint. InputError where it could not be written."""
         self._report_saving(wait=True)
         if self.saved != self.position.step:
-            raise InputError(f"{self.config.out / 'checkpoints'}: step {self.position.step} not saved: {self.failure}")
+            raise NotSaved(f"{self.config.out / 'checkpoints'}: step {self.position.step} not saved: {self.failure}")
 
     def _validate(self, progress: float) -> bool:
         """Logs the validation loss of this step; whether that came to its end, which a signal may cut short."""

@@ -11,12 +11,14 @@ if not __package__:  # run as a file: Python has put train/ first, whose modules
     sys.path[:1] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "kernels")]
 
 from train.config import parse
+from train.guards import NotSaved
 from xiangxin_fast.errors import exits_cleanly
 
 
 @exits_cleanly
 def main() -> None:
-    """Trains as the command line says; exit code 0 also when interrupted and saved, 2 where something does not fit."""
+    """Trains as the command line says; exit code 0 also when interrupted and saved, 4 where checkpoints
+    cannot be written, 2 where something else does not fit."""
     if "--plan" in sys.argv:
         from train import plan
 
@@ -29,6 +31,10 @@ def main() -> None:
         outcome = train(config)
     except KeyboardInterrupt:
         sys.exit("interrupted before the first step: nothing to save")
+    except NotSaved as error:
+        if error.to_tell:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(NotSaved.EXIT_CODE)
     if outcome.rank > 0:
         return
     if outcome.finished:
