@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -59,6 +60,22 @@ def on_a_full_disk(config: TrainConfig, after: int) -> None:
 
     checkpoint.save = full
     commanded(command_of(config))
+
+
+def with_no_room_on(config: TrainConfig, rank: int, step: int) -> int:
+    """A run in which the kernel refuses one rank's writes beyond 4 KiB while it writes the checkpoint of a step."""
+    save, no_limit = checkpoint.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(folder, tensors, state, team):
+        if (team.rank, state["step"]) == (rank, step):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, no_limit[1]))
+        try:
+            return save(folder, tensors, state, team)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, no_limit)
+
+    checkpoint.save = limited
+    return trained(config)
 
 
 def slow_to_resume(config: TrainConfig, seconds: float) -> int:

@@ -134,6 +134,18 @@ def test_full_disk_in_a_save_stops_nothing(place, uninterrupted, tmp_path, failp
     assert same_end(config, uninterrupted[0])
 
 
+def test_no_room_for_one_ranks_part_stops_nothing(place, uninterrupted, tmp_path):
+    """The write itself fails, inside torch's writer and on one rank of two: none waits, and nothing is left of it."""
+    config = settings(place, tmp_path / "run")
+    assert ranks.run(2, rank_jobs.with_no_room_on, config, 1, 6) == [LAST, LAST]
+    (failed,) = events_of(config, "save_failed")
+    assert (failed["step"], "rank 1: " in failed["reason"]) == (6, True)
+    assert "File too large" in failed["reason"]
+    assert [event["step"] for event in events_of(config, "save")] == [2, 4, *range(8, LAST + 1, 2)]
+    assert not list((config.out / "checkpoints").glob("*.partial"))
+    assert same_end(config, uninterrupted[0])
+
+
 def test_too_little_free_space_is_noticed_before_writing(place, tmp_path, monkeypatch):
     config = settings(place, tmp_path / "run", steps=6)
     usage, asked = shutil.disk_usage, []
