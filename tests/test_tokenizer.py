@@ -3,6 +3,8 @@
 import copy
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -25,6 +27,7 @@ TEXTS = [
     "河边的村子里住着一位老人，他每天早上都要到河边去看一看冰，看看春天到了没有。",
     "The model reads tokens and the model writes tokens.\n    def read(model):\n\t\treturn model  # 读\n",
 ]
+CODEGEN_FILES = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json")
 MIXED = "山里的 model  don't 12345\n    def\t\t\t\tx  😀é　，<|endoftext|> ok\u2028end"
 
 
@@ -412,6 +415,29 @@ class TestHostileFiles:
             stream.truncate(module.MAX_FILE_BYTES + 1)
         with pytest.raises(InputError, match="expected at most"):
             Tokenizer.load(tmp_path)
+
+    @pytest.mark.parametrize("how", ["a link out", "a pipe", "too long"])
+    @pytest.mark.parametrize("name", [*CODEGEN_FILES, "tokenizer.json"])
+    def test_no_file_is_read_but_a_regular_one_of_the_directory_of_a_bounded_size(self, codegen, tmp_path, name, how):
+        directory = tmp_path / "model"
+        if name == "tokenizer.json":
+            Tokenizer.load(codegen).save(directory)
+        else:
+            shutil.copytree(codegen, directory)
+        file = (directory / name).rename(tmp_path / "elsewhere")
+        if how == "a link out":
+            (directory / name).symlink_to(file)
+            complaint = f"{directory / name}: expected a file of this directory, got a link to {file}"
+        elif how == "a pipe":
+            os.mkfifo(directory / name)
+            complaint = f"{directory}: expected a file {name}, got none"
+        else:
+            shutil.copy(file, directory / name)
+            os.truncate(directory / name, module.MAX_FILE_BYTES + 1)
+            complaint = f"{directory / name}: expected at most {module.MAX_FILE_BYTES} bytes, got more"
+        with pytest.raises(InputError) as refused:
+            Tokenizer.load(directory)
+        assert str(refused.value) == complaint
 
     def test_a_panic_of_the_library_is_an_input_error(self, trained):
         document = copy.deepcopy(trained._document)

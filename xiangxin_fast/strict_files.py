@@ -35,8 +35,8 @@ def parse_json(data: bytes, where: str) -> dict:
     return value
 
 
-def read_json(path: Path, limit: int = MIB) -> dict:
-    """The JSON object in a file of at most `limit` bytes."""
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The content of a file of at most `limit` bytes."""
     try:
         with open(path, "rb") as file:
             data = file.read(limit + 1)
@@ -44,7 +44,12 @@ def read_json(path: Path, limit: int = MIB) -> dict:
         raise InputError(f"{path}: expected a readable file, got: {error.strerror}") from None
     if len(data) > limit:
         raise InputError(f"{path}: expected at most {limit} bytes, got more")
-    return parse_json(data, str(path))
+    return data
+
+
+def read_json(path: Path, limit: int = MIB) -> dict:
+    """The JSON object in a file of at most `limit` bytes."""
+    return parse_json(read_bytes(path, limit), str(path))
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -20,7 +20,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from .errors import InputError
-from .strict_files import read_json, write_json
+from .strict_files import file_of, read_bytes, read_json, write_json
 
 END_OF_TEXT = "<|endoftext|>"
 MAX_FILE_BYTES = 32 << 20
@@ -90,14 +90,13 @@ class Tokenizer:
         path = Path(path)
         directory = path if path.is_dir() else path.parent
         file = path / "tokenizer.json" if path.is_dir() else path
-        settings = directory / "tokenizer_config.json"
-        settings = read_json(settings, MAX_FILE_BYTES) if settings.exists() else {}
+        settings = _read_object(directory, "tokenizer_config.json") or {}
         eos = settings.get("eos_token") or END_OF_TEXT
         eos = eos.get("content") if isinstance(eos, dict) else eos
         _expect(f"{directory / 'tokenizer_config.json'}", isinstance(eos, str), "the name of eos_token", eos)
         hf_class = OWN_CLASS
-        if file.exists():
-            document = read_json(file, MAX_FILE_BYTES)
+        document = _read_object(directory, file.name)
+        if document is not None:
             if str(settings.get("tokenizer_class")).startswith(CODEGEN_CLASS):
                 hf_class = CODEGEN_CLASS
         elif (directory / "vocab.json").exists() and (directory / "merges.txt").exists():
@@ -249,20 +248,22 @@ def _one_line(value: object) -> str:
     return " ".join(str(value).split())[:200]
 
 
+def _read_object(directory: Path, name: str) -> dict | None:
+    """The JSON object in a file of `directory`, None where there is no such file."""
+    return read_json(file_of(directory, name), MAX_FILE_BYTES) if (directory / name).exists() else None
+
+
 def _codegen_document(directory: Path, eos: str) -> dict:
     """CodeGen's three files as one tokenizer.json; not yet checked."""
-    merges = directory / "merges.txt"
+    merges = file_of(directory, "merges.txt")
     try:
-        with merges.open("rb") as stream:
-            lines = stream.read(MAX_FILE_BYTES).decode().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{merges}: expected readable UTF-8: {_one_line(error)}") from None
-    vocab = read_json(directory / "vocab.json", MAX_FILE_BYTES)
+        lines = read_bytes(merges, MAX_FILE_BYTES).decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{merges}: expected UTF-8: {_one_line(error)}") from None
+    vocab = read_json(file_of(directory, "vocab.json"), MAX_FILE_BYTES)
     if lines[0].startswith("#version"):
         del lines[0]
-    added = {eos: vocab.get(eos)}
-    if (directory / "added_tokens.json").exists():
-        added |= read_json(directory / "added_tokens.json", MAX_FILE_BYTES)
+    added = {eos: vocab.get(eos)} | (_read_object(directory, "added_tokens.json") or {})
     return {
         "added_tokens": [{"content": text, "id": token, "normalized": text != eos} for text, token in added.items()],
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
