@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from tests.hf import random_model
 from xiangxin_fast import generate
 from xiangxin_fast.checkpoint import save_pretrained
@@ -22,8 +24,11 @@ CONFIG = PhiConfig(vocab=320, channels=160, layers=2, heads=2, rotary_dim=32, ml
 
 
 def write_model(directory: Path, config: PhiConfig = CONFIG, vocab: int = 300) -> Path:
-    """A model directory with a tokenizer of at most `vocab` ids, fewer than the model's."""
-    save_pretrained(random_model(config), directory, Tokenizer.train(TEXTS, vocab))
+    """A model directory with a tokenizer of at most `vocab` ids, fewer than the model's; it never ends a text."""
+    model, tokenizer = random_model(config), Tokenizer.train(TEXTS, vocab)
+    with torch.no_grad():
+        model.head_b[tokenizer.eos_id] = -1000
+    save_pretrained(model, directory, tokenizer)
     return directory
 
 

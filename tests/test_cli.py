@@ -1,22 +1,25 @@
 """The command line: where prompts come from, what it prints, what it refuses, and how it starts and ends."""
 
+import dataclasses
 import io
 import json
+import math
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import xiangxin_fast.generator as generator_module
-from tests.command_line import CONFIG, Outcome, run, write_model
-from tests.hf import oracle
+from tests.command_line import Outcome, run, write_model
 from tests.numerics import assert_no_worse_than_torch
-from xiangxin_fast.checkpoint import load_pretrained
+from xiangxin_fast.checkpoint import load_pretrained, save_pretrained
 from xiangxin_fast.cli.complete import StopMatcher, TextPrinter, write_json_line, write_line
 from xiangxin_fast.generator import Generator
 from xiangxin_fast.tokenizer import Tokenizer
@@ -92,6 +95,19 @@ class TestText:
         stopped = cli(*options, "--stop", "never there", "--stop", stop, "--stats")
         assert stopped.out == text[: text.index(stop)] + "\n"
         assert stopped.err.rstrip().endswith("ended: stop")
+
+    @pytest.mark.parametrize("eos", [None, 7])
+    @pytest.mark.parametrize("token", [0, 7])
+    def test_ends_at_the_configs_end_of_text_and_at_the_tokenizers(self, directory, tmp_path, capsys, eos, token):
+        """The oldest layout's config.json names none."""
+        model, tokenizer = load_pretrained(directory, "cpu", torch.float32), Tokenizer.load(directory)
+        with torch.no_grad():
+            model.head_b[token] = 1000
+        model.config = dataclasses.replace(model.config, eos_id=eos)
+        save_pretrained(model, tmp_path, tokenizer)
+        (line,) = json_lines(run(capsys, tmp_path, "the", "--greedy", "--max-new-tokens", "3", "--json"))
+        ends = token in (tokenizer.eos_id, eos)
+        assert (line["tokens"], line["finish_reason"]) == (([token], "stop") if ends else ([token] * 3, "length"))
 
     def test_max_length_counts_the_prompt(self, directory, cli):
         prompt = Tokenizer.load(directory).encode("年轻人")
@@ -191,7 +207,8 @@ class TestJson:
         assert line["text"] == tokenizer.decode(line["tokens"])
         prompt = tokenizer.encode("年轻人")
         tokens, expected = torch.tensor([prompt + line["tokens"]]), []
-        for model in (oracle(CONFIG), oracle(CONFIG).double()):
+        for dtype in (torch.float32, torch.float64):
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
             with torch.no_grad():
                 logits = model(tokens[:, :-1]).logits[0, len(prompt) - 1 :, : len(tokenizer)]
             expected.append(logits.log_softmax(-1).gather(1, tokens[0, len(prompt) :, None])[:, 0])
@@ -271,6 +288,14 @@ class TestRefusals:
             (("x", "--quantize", "int8"), "quantize: expected bf16 to compute in, got torch.float32"),
             (("x", "--lookup", "-1"), "--lookup: expected at least 0, got -1"),
             (("x", "--num-samples", "2", "--greedy"), "--num-samples: expected 1 with greedy"),
+            (
+                ("x", "--greedy", "--temperature", "0.7", "--top-k", "5"),
+                "--greedy: expected no --temperature and --top-",
+            ),
+            (
+                ("x", "--greedy", "--min-p", "0.1", "--top-p", "0.9"),
+                "--greedy: expected no --min-p and --top-p",
+            ),
             (("x", "--stop", ""), "--stop: expected text"),
             (("x", "--device", "tpu9"), "--device: expected"),
             (("x", "--device", "mps"), "--device: expected"),
@@ -298,6 +323,7 @@ class TestRefusals:
             (("x", "--interactive"), "--interactive: expected no prompts, got it"),
             (("--interactive", "--json"), "--interactive: expected no --json, got it"),
             (("x", "--benchmark"), "--benchmark: expected no prompts, got it"),
+            (("--benchmark", "--check-finite"), "--benchmark: expected no --check-finite, got it"),
             (("--benchmark", "--preset", "demo"), "expected --model or --preset, got both"),
             (("--benchmark", "--benchmark-rows", "4", "0"), "--benchmark-rows: expected at least 1, got 0"),
         ],
@@ -316,6 +342,20 @@ class TestRefusals:
     def test_no_model(self, capsys):
         done = run(capsys, None, "x")
         assert (done.code, done.err) == (2, "error: --model: expected a model directory, got none\n")
+
+    def test_weights_that_are_not_numbers(self, directory, tmp_path, capsys):
+        """NaN in the bias of an id without a token, where no completion would show it."""
+        model = load_pretrained(directory, "cpu", torch.float32)
+        with torch.no_grad():
+            model.head_b[-1] = 12345.0
+        save_pretrained(model, tmp_path, Tokenizer.load(directory))
+        file = tmp_path / "model.safetensors"
+        value, nan = (struct.pack("<f", number) for number in (12345.0, math.nan))
+        file.write_bytes(file.read_bytes().replace(value, nan))
+        assert run(capsys, tmp_path, "the", "--max-new-tokens", "2").code == 0
+        done = run(capsys, tmp_path, "the", "--max-new-tokens", "2", "--check-finite")
+        found = "model.safetensors: lm_head.bias: expected finite weights, got 1 NaN or infinite"
+        assert (done.code, done.out, done.err) == (2, "", f"error: {tmp_path / found}\n")
 
     def test_a_prompt_that_does_not_fit_costs_no_loading(self, cli, monkeypatch):
         monkeypatch.setattr("xiangxin_fast.cli.engine.load_pretrained", None)

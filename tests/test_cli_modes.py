@@ -17,10 +17,10 @@ import pytest
 import torch
 from rich.cells import cell_len
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import xiangxin_fast.generator as generator_module
 from tests.command_line import CONFIG, STEP, run, write_model
-from tests.hf import oracle
 from xiangxin_fast.cli import compare as cli_compare
 from xiangxin_fast.cli import engine as cli_engine
 from xiangxin_fast.cli import interactive as cli_interactive
@@ -53,9 +53,9 @@ def json_lines(text: str) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def hf_logprobs():
+def hf_logprobs(directory):
     """transformers' log-probability, in fp64, of each token after the first given all before it."""
-    hf = oracle(CONFIG).double()
+    hf = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
 
     def logprobs(tokens: list[int], valid_ids: int) -> list[float]:
         with torch.no_grad():

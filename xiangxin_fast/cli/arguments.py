@@ -64,6 +64,8 @@ class MachineOptions:
     """Most prompts decoded together."""
     threads: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: torch's)")] = None
     """CPU threads."""
+    check_finite: bool = False
+    """Refuse weights that are NaN or infinite when they are loaded."""
 
 
 @dataclass(frozen=True)
@@ -189,10 +191,13 @@ def _refuse_what_has_no_effect(arguments: Arguments, mode: str) -> None:
     refused = {
         "--interactive": {"prompts", "input", "json", "num_samples"},
         "--score": {"stats", "lookup", "rows"} | sampling | limits,
-        "--benchmark": {"prompts", "input", "stats", "lookup", "rows", "max_length", "stop"} | sampling,
+        "--benchmark": {"prompts", "input", "stats", "lookup", "rows", "check_finite", "max_length", "stop"} | sampling,
     }
     if given & refused.get(mode, set()):
         raise InputError(f"{mode}: expected no {_flags(given & refused[mode])}, got it")
+    draws = given & {"temperature", "top_k", "top_p", "min_p"}
+    if arguments.sampling.greedy and draws and arguments.sampling.temperature:
+        raise InputError(f"--greedy: expected no {_flags(draws)}, got it")
 
 
 def _names(options: type) -> set[str]:

@@ -272,6 +272,7 @@ def complete(
         max_new_tokens=None if None in limits else max(limits),
         max_length=arguments.limits.max_length,
         lookup=arguments.machine.lookup,
+        stop_ids=engine.stop_ids,
         **sampling | {"seed": sampling["seed"] + seed},
     )
     longest = min(engine.config.context, arguments.limits.max_length or engine.config.context)

@@ -98,11 +98,17 @@ class Engine:
     def model(self) -> Phi:
         dtype, quantize = dtype_of(self._machine), self._machine.quantize
         require_memory(self.config, self._device, dtype, quantize)
-        return load_pretrained(self.directory, self._device, dtype, quantize=quantize)
+        check_finite = self._machine.check_finite
+        return load_pretrained(self.directory, self._device, dtype, quantize=quantize, check_finite=check_finite)
 
     @functools.cached_property
     def generator(self) -> Generator:
         return Generator(self.model, valid_ids=len(self.tokenizer), rows=self._machine.rows)
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """End of text as the shape and as the tokenizer have it: the oldest layout's config.json names none."""
+        return {self.tokenizer.eos_id, self.config.eos_id} - {None}
 
     def load(self) -> None:
         """Brings the weights in now and not with the first prompt."""
