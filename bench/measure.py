@@ -191,15 +191,6 @@ def measure_ceilings(
     )
 
 
-# Dense bf16 rate in FLOP/s and memory bandwidth in bytes/s by the vendors' datasheets, which MFU is counted against.
-DATASHEET = {"A100": (312e12, 2.04e12), "A800": (312e12, 2.04e12), "H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
-
-
-def datasheet_flops(device_name: str) -> float | None:
-    """The datasheet's dense bf16 rate of a device known here, else None."""
-    return next((flops for name, (flops, _) in DATASHEET.items() if name in device_name), None)
-
-
 def gpu_state() -> str | None:
     """One line of nvidia-smi: clocks, power, temperature, what holds the clocks down. None where there is none."""
     fields = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu,clocks_throttle_reasons.active"

@@ -1,4 +1,5 @@
-"""What the hardware can do: peak rates of the GPUs, issue rates of an SM's pipes, and the bounds that follow from them.
+"""What the hardware can do: issue rates of an SM's pipes, and the bounds that follow from them. `train.gpus` has the
+peaks of whole boards.
 
 Sources
 [A100]   NVIDIA A100 Tensor Core GPU Architecture (whitepaper, 2020): 108 SMs at 1.41 GHz, 312 TFLOP/s dense bf16 (1,024
@@ -20,22 +21,7 @@ shared memory on both (32 banks of 4 bytes), which HGMMA's operands use too; 64 
 from dataclasses import dataclass
 
 from bench.sass import Counts
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Peaks of one board: FLOP/s of dense bf16 with fp32 accumulation, bytes/s of its memory."""
-
-    name: str
-    arch: int
-    sms: int
-    flops: float
-    bandwidth: float
-
-    @property
-    def clock(self) -> float:
-        """The clock in Hz at which the tensor cores give `flops`."""
-        return self.flops / (self.sms * SMS[self.arch].tensor_flops)
+from train.gpus import GPUS, Gpu
 
 
 @dataclass(frozen=True)
@@ -74,16 +60,17 @@ SMS = {
     ),
 }  # fmt: skip
 
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        Gpu("A100", 80, 108, 312e12, 2.04e12),
-        Gpu("A800", 80, 108, 312e12, 2.04e12),
-        Gpu("H100", 90, 132, 989.4e12, 3.35e12),
-        Gpu("H200", 90, 132, 989.4e12, 4.8e12),
-    )
-}
-REPORTED = {80: GPUS["A800"], 90: GPUS["H100"]}
+
+class Board(Gpu):
+    """A GPU of the trainer's with the clock that follows from its figures."""
+
+    @property
+    def clock(self) -> float:
+        """The clock in Hz at which the tensor cores give `flops`."""
+        return self.flops / (self.sms * SMS[self.arch].tensor_flops)
+
+
+REPORTED = {arch: Board(**vars(GPUS[name])) for arch, name in ((80, "A800-80G"), (90, "H100"))}
 
 
 def blocks_per_sm(arch: int, threads: int, registers: int, shared: int) -> int:

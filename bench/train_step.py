@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train.gpus import gpu_called
 from xiangxin_fast.config import PhiConfig
 from xiangxin_fast.model import Phi
 
 from .case import Shape, compiled
 from .hugging_face import causal_lm
-from .measure import datasheet_flops, interleaved
+from .measure import interleaved
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -169,9 +170,9 @@ def _steps(work, loss, optimizer: MasterAdamW, batch: tuple[Tensor, Tensor]) -> 
     }
     if work.device.type == "cuda":
         record["peak_bytes"] = torch.cuda.max_memory_allocated()
-        if peak := datasheet_flops(torch.cuda.get_device_name()):
-            record["mfu_causal"] = 100 * causal * tokens_per_s / peak
-            record["mfu_full"] = 100 * full * tokens_per_s / peak
+        if gpu := gpu_called(torch.cuda.get_device_name()):
+            record["mfu_causal"] = 100 * causal * tokens_per_s / gpu.flops
+            record["mfu_full"] = 100 * full * tokens_per_s / gpu.flops
     if work.ceilings:
         record["percent"] = 100 * causal * tokens_per_s / work.ceilings.matmul_flops_per_s
     return record

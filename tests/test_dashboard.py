@@ -87,7 +87,7 @@ def test_a_dumb_terminal_gets_lines(monkeypatch):
 
 def test_utilization_counts_all_ranks_and_is_not_guessed_for_a_device_without_a_peak_on_record():
     for name in GPUS:
-        shown = Dashboard(info_of(console_of(terminal=False), f"NVIDIA {name.partition('-')[0]} 80GB"))
+        shown = Dashboard(info_of(console_of(terminal=False), GPUS[name].called))
         assert shown.utilization() is None, "nothing was measured yet"
         shown.write(RECORD)
         causal, full = PHI.flops_per_token(2048)
