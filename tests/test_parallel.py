@@ -234,6 +234,36 @@ def test_rank_that_does_not_come_ends_the_start():
         parallel._own_part(dist.HashStore(), 0, 2, timedelta(seconds=0.1))
 
 
+def test_rank_whose_first_does_not_come_says_so(monkeypatch):
+    """At the store, which is there; and where there is none."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    settings = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in (settings | {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}).items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(InputError, match=f"expected rank 0 at 127.0.0.1:{store.port} within 1 s, got: ") as error:
+        parallel.join(timeout=1.0)
+    assert (error.value.to_tell, "\n" in str(error.value)) == (True, False)
+    with pytest.raises(InputError) as error:
+        parallel.join(timeout=1.0)
+    assert error.value.to_tell is False, "one of those who wait speaks for all"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    with pytest.raises(InputError, match=f"expected rank 0 at 127.0.0.1:{port} within 1 s, got: ") as error:
+        parallel.join(timeout=1.0)
+    assert (error.value.to_tell, "\n" in str(error.value)) == (True, False)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(parallel.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(parallel.torch.cuda, "device_count", lambda: 4)
+    for name, value in {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8", "LOCAL_RANK": "5"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="expected a GPU for each of 8 processes, got 4") as error:
+        parallel.join()
+    assert error.value.to_tell is False, "the first of the node says it"
+
+
 def test_limit_of_every_collective_lies_beyond_the_watchdogs():
     assert ranks.run(2, rank_jobs.limits, 100.0) == [[200.0, 200.0]] * 2
 

@@ -122,12 +122,23 @@ def join(timeout: float = 600.0, replicas: int | None = None) -> Ranks:
     replicas = replicas or max(1, size // local_size)
     if size % replicas:
         raise InputError(f"training: expected --replicas to divide {size} ranks, got {replicas}")
+    if cuda and local_size > (gpus := torch.cuda.device_count()):
+        error = InputError(f"training: expected a GPU for each of {local_size} processes, got {gpus}")
+        error.to_tell = os.environ.get("LOCAL_RANK") == "0"  # other nodes may have enough
+        raise error
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    store, rank, size = next(dist.rendezvous("env://")) if size > 1 else (dist.HashStore(), 0, 1)
-    wait = timedelta(seconds=timeout)
-    store = _own_part(store, rank, size, wait)
+    wait, store = timedelta(seconds=timeout), None
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=wait)) if size > 1 else (dist.HashStore(), 0, 1)
+        store = _own_part(store, rank, size, wait)
+    except dist.DistError as error:  # what stores raise
+        master = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        told = " ".join(str(error).split())
+        absent = InputError(f"training: expected rank 0 at {master} within {timeout:.0f} s, got: {told}")
+        absent.to_tell = first_to_say("rank 0 is absent", store)
+        raise absent from None
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     # Twice: a collective is launched before the loop last says that it goes on, and NCCL, which would end the process
     # without naming who is missing, must not come before the watchdog.
