@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .config import PhiConfig
 from .errors import InputError
 from .generator import Generator
-from .kv_cache import free_bytes
+from .memory import free_bytes
 from .model import Phi
 
 Arrivals = list[tuple[float, int]]  # for each token, seconds since the call and the sequence it belongs to

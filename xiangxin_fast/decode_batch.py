@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kv_cache import KVCache
+from .errors import InputError
+from .kv_cache import KVCache, too_little_memory
+from .memory import free_bytes, lacks_memory
 from .model import Phi
 from .prompt_lookup import draft
 from .sampling import Sampling, choose, draw_key, process
@@ -31,6 +33,9 @@ MAX_ROWS = ROW_BUCKETS[-1]  # of one decode step; the decode kernels go no furth
 # 512 are as fast a token as more, and less of a chunk is lost where prompts part within one.
 PREFILL_CHUNK = {"cuda": 1024, "cpu": 512}
 CAPTURES = {"cuda"}  # devices on which a step becomes a graph
+
+SAMPLING_BYTES = 40  # of each logit: as it came, as it is processed, sorted with its index, and their softmax and sums
+LIBRARY_BYTES = {"cuda": 256 << 20}  # of modules, cuBLAS's workspace and graphs: a reserve, not measured
 
 # Columns of the logits that are drawn from are made whole fours: a GPU's softmax adds a row up in an order that depends
 # on how far its first number is from a multiple of 16 bytes, and so, without this, on its place in the batch.
@@ -94,6 +99,13 @@ def _weights(model: Phi) -> list[Tensor]:
     return [*model.parameters(), *(part for part in parts if isinstance(part, Tensor))]
 
 
+def working_bytes(model: Phi) -> int:
+    """About what a chunk of a prefill, and a step of all rows with every sampling option, take beside the cache."""
+    config, device = model.config, model.embed.device.type
+    row = (7 * config.channels + 2 * config.mlp_hidden) * model.embed.dtype.itemsize  # a layer's tensors
+    return PREFILL_CHUNK.get(device, 0) * row + MAX_ROWS * config.vocab * SAMPLING_BYTES + LIBRARY_BYTES.get(device, 0)
+
+
 class DecodeBatch:
     """Room for `slots` sequences of up to `positions` tokens each, allocated once. InputError where memory is short.
 
@@ -105,23 +117,38 @@ class DecodeBatch:
         self.model, self.slots = model, slots
         self._valid_ids, self._device = valid_ids, model.embed.device
         self._addresses = [t.data_ptr() for t in _weights(model)]
-        weights = sum(t.nbytes for t in _weights(model))
+        self._needed = {"weights": sum(t.nbytes for t in _weights(model)), "working": working_bytes(model)}
         self.cache = KVCache.allocate(
-            model.config, slots, positions, device=self._device, dtype=model.embed.dtype, weights=weights
+            model.config, slots, positions, device=self._device, dtype=model.embed.dtype, **self._needed
         )
+        try:
+            self._allocate_buffers()
+        except RuntimeError as error:
+            if not lacks_memory(error):
+                raise
+            raise self.short_of_memory() from None
+        self._sent_rows, self._sampling, self._lookup = [], Sampling(), 0
+        self._captures = self._device.type in CAPTURES
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def _allocate_buffers(self) -> None:
+        slots, config = self.slots, self.model.config
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self._device)
 
         self._history = zeros(slots, self.cache.positions)
-        self._columns = -(-model.config.vocab // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
+        self._columns = -(-config.vocab // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
         self._seen = zeros(slots, self._columns, dtype=torch.bool)
         # Of each slot: the tokens it has, the tokens it may have, the tokens of its prompt, the key of its draws.
         self._state = zeros(4, slots)
-        self._rows, self._sent_rows = zeros(MAX_ROWS), []
-        self._sampling, self._numbers, self._lookup = Sampling(), zeros(4, dtype=torch.float64), 0
-        self._captures = self._device.type in CAPTURES
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._rows, self._numbers = zeros(MAX_ROWS), zeros(4, dtype=torch.float64)
+
+    def short_of_memory(self) -> InputError:
+        """What there is to tell where memory did not suffice beside the cache."""
+        cache, free = self.cache, free_bytes(self._device)
+        sizes = (self.slots, cache.positions, self._device, cache.k.dtype, free + cache.k.nbytes + cache.v.nbytes)
+        return too_little_memory(self.model.config, *sizes, **self._needed)
 
     def fits(self, slots: int, positions: int) -> bool:
         """Whether it has the room, and the weights are still where captured graphs look for them."""

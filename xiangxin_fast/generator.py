@@ -12,11 +12,11 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from .decode_batch import MAX_ROWS, PREFILL_CHUNK, DecodeBatch, Emitted, Record
 from .errors import InputError
+from .memory import lacks_memory
 from .model import Phi, refuse_fp16
 from .sampling import Sampling
 
@@ -147,7 +147,7 @@ class Generator:
                 raise
         return DecodeBatch(self.model, slots, positions, self.valid_ids)
 
-    def _keep_batch(self, batch: DecodeBatch) -> None:
+    def _keep_batch(self, batch: DecodeBatch | None) -> None:
         self._idle = batch
 
 
@@ -232,7 +232,7 @@ class Stream(Iterator[Step]):
     def _run(self) -> Iterator[Step]:
         if not self._waiting:
             return
-        batch = self._generator._take_batch(self._slots, self._positions)
+        batch, reason = self._generator._take_batch(self._slots, self._positions), None
         try:
             batch.configure(self._sampling, self._lookup)
             while self._waiting or self._active:
@@ -243,12 +243,14 @@ class Stream(Iterator[Step]):
                 if going_on:
                     self._launched(going_on, batch.step([sequence.slot for sequence in going_on]))
                 yield from self._read(self._lag if going_on else 0)
-        except torch.OutOfMemoryError as error:
-            room = f"{batch.slots} rows of {batch.cache.positions} tokens"
-            message = f"out of GPU memory beside the weights and a cache of {room}: fewer or shorter ones leave more"
-            raise InputError(f"{message} ({str(error).splitlines()[0]})") from None
+        except RuntimeError as error:
+            if not lacks_memory(error):
+                raise
+            reason = str(error).partition("\n")[0]
         finally:
-            self._generator._keep_batch(batch)
+            self._generator._keep_batch(batch if reason is None else None)  # a smaller one may fit
+        if reason is not None:  # out of the handler: the error holds on to what was allocated until then
+            raise InputError(f"{batch.short_of_memory()} ({reason})")
 
     def _admit(self, batch: DecodeBatch, sample: int, prompt: Sequence[int], limit: int, copy: int) -> None:
         """Gives a prompt a free slot. What a slot already has of it is copied from there: same tokens, same bits."""
