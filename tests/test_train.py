@@ -10,14 +10,14 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from tests.training import ONE_THREAD, ROOT, SHAPE, config_of, events_of, losses_of, make_place, random_batch
-from train import checkpoint, loop, metrics
+from train import checkpoint, loop, metrics, run
 from train.config import TrainConfig, parse
 from train.data import IGNORED, TokenDataset
 from train.loop import accumulate_gradients, build_model, train
@@ -275,6 +275,17 @@ def test_bad_options_are_one_line_that_names_them(options, complaint):
         parse(["--preset", "demo", *options])
     assert complaint in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_ctrl_c_while_torch_is_imported_is_one_line(monkeypatch, tmp_path):
+    class Slow(ModuleType):
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "train.loop", Slow("train.loop"))
+    monkeypatch.setattr(sys, "argv", ["run.py", "--preset", "demo", "--data", "d", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="interrupted before the first step"):
+        run.main()
 
 
 def test_bad_data_directory_is_one_line_and_exit_code_two(tmp_path):
