@@ -3,6 +3,8 @@
 On a CPU a stand-in replays a step by running it again: all but CUDA's own capture is the code that runs on a GPU.
 """
 
+import itertools
+
 import pytest
 import torch
 
@@ -149,6 +151,23 @@ class TestSteps:
         assert looks == []
         torch.zeros(1).item()
         assert looks == ["item"]
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_no_allocation_grows_with_the_length(self, dtype):
+        """But for one in torch: its sum of bf16 rows widens the weights, 4 bytes for each head and position."""
+        model = random_model(PHI_2, dtype)
+        batch, allocated = DecodeBatch(model, 1, 64, 131), []
+        batch.begin(0, [1], 64, 0, batch.prefill(0, [1], 0))
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        for _ in range(40):
+            batch.step([0])
+        for _ in range(6):
+            with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as run:
+                batch.step([0])
+            sizes = [event.nbytes() for event in run.profiler.kineto_results.events() if event.name() == "[memory]"]
+            allocated.append(sum(size for size in sizes if size > 0))
+        grown = {after - before for before, after in itertools.pairwise(allocated)}
+        assert grown == {0 if dtype == torch.float32 else 4 * PHI_2.layers * PHI_2.heads}
 
     def test_rows_begin_at_multiples_of_16_bytes_and_hold_no_id_without_a_token(self, model, monkeypatch):
         """A GPU's softmax gives a row other bits where they do not: they would depend on its place in the batch."""

@@ -116,13 +116,21 @@ def unpacked(weight: Tensor) -> Tensor:
     return weight.transpose(1, 2).flatten(0, 1) if weight.dim() == 3 else weight
 
 
+def next_power_of_2(n: int) -> int:
+    """The smallest that is at least `n`, which is above 0."""
+    return 1 << (n - 1).bit_length()
+
+
 def kept(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor of this thread's own, in memory that is kept: fresh pages cost more than filling them."""
+    """A tensor of this thread's own, in memory that is kept: fresh pages cost more than filling them.
+
+    Memory that is too small is doubled, so that shapes which grow with each token find room.
+    """
     name = f"{name} {dtype}"
     size, values = math.prod(shape), getattr(_scratch, name, None)
     if values is None or values.numel() < size:
         with torch.inference_mode(False):  # a tensor born in inference mode could not be written outside of it
-            values = torch.empty(size, dtype=dtype)
+            values = torch.empty(next_power_of_2(size), dtype=dtype)
         setattr(_scratch, name, values)
     return values[:size].view(shape)
 
