@@ -226,7 +226,7 @@ MUTATIONS = [
         "tl.where(rotary[None, :], x * cos + partner * sin, x)",
         "x * cos + partner",
     ),
-    _attention("partners within one part alone", "fwd", "tl.where(column < D_MAIN, from_main, from_tail)", "from_main"),
+    _attention("partners within one part alone", "fwd", "tl.where(column < D_MAIN, partner, from_tail)", "partner"),
     _attention(
         "offsets of a tile in 32 bits",
         "fwd",
@@ -258,8 +258,8 @@ MUTATIONS = [
     _attention(
         "pairs of the tail not rotated back",
         "fwd",
-        "return new_main, rotate_pairs(tail, row, D_MAIN + tl.arange(0, D_TAIL), cos_ptr, sin_ptr, SIGN, D, R)",
-        "return new_main, tail",
+        "new_tail = rotate_pairs(tail, row, offs_tail, cos_ptr, sin_ptr, SIGN, D, R)",
+        "new_tail = tail",
         "rotates_pairs",
     ),
     _attention(
@@ -316,6 +316,13 @@ MUTATIONS = [
         "bwd",
         "ends: tl.constexpr = DOCUMENTS or not EVEN_T",
         "ends: tl.constexpr = DOCUMENTS",
+    ),
+    Mutation(
+        "attention: a dout that strides too far",
+        "attention.py",
+        " or dout.stride(1) >= MAX_STRIDE_T:",
+        ":",
+        "tests/kernels/test_attention_contract.py -k far_along_time",
     ),
     _attention("lse of fp32 not refined", "bwd", "lse_low = tl.log2(sum_p)", "lse_low = 0.0 * sum_p", "test_scale"),
     _attention("delta of fp32 not normalised", "bwd", "delta = delta / sum_p", "delta = delta * 1.0", "scores_all_far"),

@@ -49,11 +49,11 @@ def _product(a_main, a_tail, b_main, b_tail, D_TAIL: tl.constexpr):
 def _partner(main, tail, offs_d, R: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr):
     """For each column of `offs_d` below R the one it is rotated with, R/2 away, from either part; anything beyond."""
     column = ((offs_d + R // 2) % R)[None, :] + tl.zeros([main.shape[0], 1], tl.int32)
-    if R <= D_MAIN:
-        return tl.gather(main, column, 1)
-    from_main = tl.gather(main, tl.minimum(column, D_MAIN - 1), 1)
-    from_tail = tl.gather(tail, tl.maximum(column - D_MAIN, 0), 1)
-    return tl.where(column < D_MAIN, from_main, from_tail)
+    partner = tl.gather(main, tl.minimum(column, D_MAIN - 1), 1)
+    if R > D_MAIN:
+        from_tail = tl.gather(tail, tl.maximum(column - D_MAIN, 0), 1)
+        partner = tl.where(column < D_MAIN, partner, from_tail)
+    return partner
 
 
 @triton.jit
@@ -84,23 +84,23 @@ def _rotate(
 ):
     """The parts (fp32) of rows at `position` [rows], rotated by their angles (SIGN 1) or back (SIGN -1). PAIRS: dim 2i
     turns with dim 2i + 1, not i with i + R/2."""
+    # One return at the end: what stands behind one inside an `if` is compiled too, and tl.arange(0, 0) does not.
+    D: tl.constexpr = D_MAIN + D_TAIL
     offs_main = tl.arange(0, D_MAIN)
+    row = tl.where(valid, position, 0)
+    new_tail = tail
     if PAIRS:
-        D: tl.constexpr = D_MAIN + D_TAIL
-        row = tl.where(valid, position, 0)
         new_main = rotate_pairs(main, row, offs_main, cos_ptr, sin_ptr, SIGN, D, R)
-        if R <= D_MAIN:
-            return new_main, tail
-        return new_main, rotate_pairs(tail, row, D_MAIN + tl.arange(0, D_TAIL), cos_ptr, sin_ptr, SIGN, D, R)
-    new_main = _rotate_part(
-        main, _partner(main, tail, offs_main, R, D_MAIN, D_TAIL), position, valid, cos_ptr, sin_ptr, offs_main, SIGN, R
-    )
-    if R <= D_MAIN:
-        return new_main, tail
-    offs_tail = D_MAIN + tl.arange(0, D_TAIL)
-    new_tail = _rotate_part(
-        tail, _partner(main, tail, offs_tail, R, D_MAIN, D_TAIL), position, valid, cos_ptr, sin_ptr, offs_tail, SIGN, R
-    )
+    else:
+        partner = _partner(main, tail, offs_main, R, D_MAIN, D_TAIL)
+        new_main = _rotate_part(main, partner, position, valid, cos_ptr, sin_ptr, offs_main, SIGN, R)
+    if R > D_MAIN:
+        offs_tail = D_MAIN + tl.arange(0, D_TAIL)
+        if PAIRS:
+            new_tail = rotate_pairs(tail, row, offs_tail, cos_ptr, sin_ptr, SIGN, D, R)
+        else:
+            partner = _partner(main, tail, offs_tail, R, D_MAIN, D_TAIL)
+            new_tail = _rotate_part(tail, partner, position, valid, cos_ptr, sin_ptr, offs_tail, SIGN, R)
     return new_main, new_tail
 
 

@@ -260,7 +260,7 @@ class _Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         q, k, v, out, lse, cos, sin, bounds = ctx.saved_tensors
-        if dout.stride(-1) != 1:
+        if dout.stride(-1) != 1 or dout.stride(1) >= MAX_STRIDE_T:
             dout = dout.contiguous()
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         delta = lse.new_empty(2, *lse.shape)
