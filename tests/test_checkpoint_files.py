@@ -106,9 +106,9 @@ def test_no_file_of_a_checkpoint_can_hold_code(two_ranks):
 
 
 def test_snapshot_is_what_the_tensors_were_when_the_save_began(place, tmp_path):
-    """Hashes of all tensors at that moment are those on the disk, though training went on for a dozen steps before the
-    first byte was written. Incidents: pytorch#144657, NVRx#376 (moments of a later step), NeMo-RL#3312 (tensors of
-    later saves in the first), Megatron-Bridge#3267 (a later step number)."""
+    """Incidents: Lightning#21079, prime-rl#3109, Megatron-LM#2288 (tensors of a later step), NVRx#376 (moments of one),
+    NeMo-RL#3312 (tensors of later saves in the first), Megatron-Bridge#3267 (a later step number). Hashes of all
+    tensors at that moment are those on the disk, though training went on for a dozen steps before the first byte."""
     config = config_of(place, tmp_path / "run", micro_batch=1, steps=40, save_every=20, validate_every=40)
     log = tmp_path / "hashes"
     ranks.run(2, rank_jobs.with_late_writes, config, log)

@@ -147,6 +147,7 @@ def test_no_room_for_one_ranks_part_stops_nothing(place, uninterrupted, tmp_path
 
 
 def test_too_little_free_space_is_noticed_before_writing(place, tmp_path, monkeypatch):
+    """Incident: open_lm#154, which asks to look early whether there is room."""
     config = settings(place, tmp_path / "run", steps=6)
     usage, asked = shutil.disk_usage, []
 
@@ -197,7 +198,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(place, tmp_path):
 
 
 def test_what_cannot_be_deleted_stops_nothing(place, tmp_path, monkeypatch):
-    """Incident: prime-rl#1763, a failing purge that ended the run."""
+    """Incidents: prime-rl#1763, torchtitan's purge_thread: a purge that failed, and ended the run."""
     remove = shutil.rmtree
 
     def refuses(path, ignore_errors=False):

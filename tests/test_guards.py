@@ -106,7 +106,8 @@ def test_updates_left_out_in_a_row_end_the_run_with_a_report(place, tmp_path, mo
 
 
 def test_clipping_never_spreads_what_is_not_finite(place):
-    """Incident: pytorch#46849: with one NaN, clip_grad_norm_ makes every gradient NaN. Here the update is left out."""
+    """Incidents: pytorch#46849, #53843, #55169, habitat#2226: with one NaN, clip_grad_norm_ makes every gradient NaN.
+    Here the update is left out."""
     from train.optim import Optimizer
     from xiangxin_fast.config import PhiConfig
     from xiangxin_fast.model import Phi

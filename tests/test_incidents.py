@@ -36,9 +36,10 @@ def place(tmp_path_factory) -> Path:
 )
 @settings(max_examples=40, deadline=None)
 def test_any_sequence_of_crashes_resumes_and_world_sizes_takes_each_sample_once(place, parts, seed):
-    """accelerate#2016, #4071, #4233, ms-swift#10050, verl#3457, litgpt#1712 (after a resume in an epoch, all later ones
-    had only its rest), composer#3649, llm-foundry#1277. Parts train some steps on some ranks; what a crash takes back
-    is trained again. The samples that count are those of a straight run, through three epochs and more."""
+    """KempnerForge#57, accelerate#2016, #4071, #4233, ms-swift#10050, verl#3457, litgpt#1712 (after a resume in an
+    epoch, all later ones had only its rest), composer#3649, llm-foundry#1277. Parts train some steps on some ranks;
+    what a crash takes back is trained again. The samples that count are those of a straight run, through three epochs
+    and more."""
     data, batch = Mixture(place / "shards", 32, seed), 4
     taken, step = [], 0
     for steps, world, taken_back in parts:

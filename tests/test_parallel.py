@@ -63,7 +63,8 @@ def one_big_batch() -> tuple[float, dict[str, np.ndarray]]:
 
 @pytest.mark.parametrize(("size", "replicas"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2)])
 def test_loss_and_gradients_are_those_of_one_big_batch(place, tmp_path, one_big_batch, size, replicas):
-    """Incidents: transformers#34191, torchtitan#1842, pytorch#162338 (gradients averaged, summed or scaled by ranks).
+    """Incidents: transformers#34191, #34242, torchtitan#1803, #1842, #2206, prime-rl#1957, speculators#942 (means of
+    the ranks' means), pytorch#162338 (gradients scaled by the number of ranks).
 
     Accumulation 1, 2 and 4 on 1, 2 and 4 ranks, sharded and replicated; a vocabulary that no number of ranks divides.
     """
@@ -127,7 +128,7 @@ def test_evaluation_is_that_of_one_rank_and_of_the_newest_weights(place, tmp_pat
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_loss_at_the_start_is_ln_v_however_it_is_launched(place, tmp_path, size):
-    """Incident: transformers#45994 saw 47.88 where 11.97 was right."""
+    """Incidents: Megatron-LM#7452, a list of silent faults of parallel runs; transformers#45994, 47.88 for 11.97."""
     config = config_of(place, tmp_path / "run", micro_batch=1, steps=1, segment_ids=False)
     ranks.run(size, rank_jobs.trained, config)
     (first,) = (record["loss"] for record in read_metrics(config.out) if "loss" in record)

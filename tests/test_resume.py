@@ -219,6 +219,7 @@ def test_interrupted_save_leaves_no_checkpoint(straight, tmp_path, monkeypatch):
 
 
 def test_checkpoint_of_another_shape_is_refused_by_name(straight):
+    """Incident: pytorch#126604, tensors of a checkpoint read into others of another shape."""
     newest, state, _ = checkpoint.newest_valid(straight.out / "checkpoints")
     tensors = {name: torch.empty(shape) for name, (_, shape) in state["tensors"].items()}
     tensors["model.embed"] = torch.empty(321, 32)

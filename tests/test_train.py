@@ -82,7 +82,7 @@ def test_only_matrices_decay(tied):
 
 
 def test_gradients_do_not_depend_on_micro_batches(place, tmp_path):
-    """The mean of the micro-batches' means, a well-known fault, would weigh rows with few valid targets too much."""
+    """Incidents: transformers#35438, #35527: the mean of the micro-batches' means, or twice it, for that of all."""
     batch = random_batch(SHAPE.vocab, rows=4, context=16)
     whole = Phi(SHAPE).init_weights(0)
     tokens, targets, segment_ids = map(torch.from_numpy, batch)
