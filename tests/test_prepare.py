@@ -193,6 +193,43 @@ class TestRefusals:
         with pytest.raises(InputError, match="is prepared already"):
             prepare.shards([source], out=tmp_path / "out", tokenizer=tokenizer_dir)
 
+    @pytest.mark.parametrize("name", ["a.jsonl", "train-00000.bin", "work/notes.txt", "work/clean/a.json", ".hidden"])
+    def test_a_directory_with_something_in_it_is_left_as_it_was(self, tokenizer_dir, tmp_path, name):
+        source = write_jsonl(tmp_path / "a.jsonl", [{"text": article(1, 90)}])
+        (tmp_path / "out" / name).parent.mkdir(parents=True)
+        (tmp_path / "out" / name).write_text("the only copy")
+        with pytest.raises(
+            InputError, match=f"expected a new or empty directory, .* got one with {name.split('/')[0]}$"
+        ):
+            prepare.shards([source], out=tmp_path / "out", tokenizer=tokenizer_dir)
+        assert bytes_of(tmp_path / "out") == {name: b"the only copy"}
+
+    @pytest.mark.parametrize("out", ["corpus", "corpus/out", "."])
+    @pytest.mark.parametrize("given", ["corpus", "corpus/*.jsonl"])
+    def test_the_output_is_apart_from_the_input(self, tokenizer_dir, tmp_path, monkeypatch, out, given):
+        (tmp_path / "corpus").mkdir()
+        write_jsonl(tmp_path / "corpus" / "a.jsonl", [{"text": article(1, 90)}])
+        monkeypatch.chdir(tmp_path)
+        before = bytes_of(tmp_path)
+        if (out, given) == ("corpus/out", "corpus/*.jsonl"):
+            prepare.shards([given], out=out, tokenizer=tokenizer_dir)
+            return
+        with pytest.raises(InputError, match="expected --out apart from the input, got the input corpus"):
+            prepare.shards([given], out=out, tokenizer=tokenizer_dir)
+        assert bytes_of(tmp_path) == before
+
+    def test_what_others_put_into_the_work_directory_stays(self, tokenizer_dir, tmp_path, monkeypatch):
+        source = write_jsonl(tmp_path / "a.jsonl", [{"text": article(1, 90)}])
+        with monkeypatch.context() as patch:
+            patch.setattr(tokens, "plan_shards", None)
+            with pytest.raises(TypeError):
+                prepare.shards([source], out=tmp_path / "out", tokenizer=tokenizer_dir)
+        (tmp_path / "out" / "work" / "notes.txt").write_text("the only copy")
+        prepare.shards([source], out=tmp_path / "out", tokenizer=tokenizer_dir)
+        with pytest.raises(InputError, match="is prepared already"):
+            prepare.shards([source], out=tmp_path / "out", tokenizer=tokenizer_dir)
+        assert bytes_of(tmp_path / "out" / "work") == {"notes.txt": b"the only copy"}
+
     def test_an_unfinished_run_is_not_gone_on_with_in_another_way(self, tokenizer_dir, tmp_path, monkeypatch):
         source = write_jsonl(tmp_path / "a.jsonl", [{"text": article(1, 90)}])
         with monkeypatch.context() as patch:
@@ -217,6 +254,11 @@ class TestRefusals:
             prepare.shards([source], out=tmp_path / out, tokenizer=tokenizer_dir)
         assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "straight")
 
+    def test_the_name_of_the_held_out_source_is_taken(self, tokenizer_dir, tmp_path):
+        source = write_jsonl(tmp_path / "a.jsonl", [{"text": article(1, 90)}])
+        with pytest.raises(InputError, match="expected another name than 'held-out'"):
+            prepare.shards([f"held-out={source}"], tmp_path / "out", tokenizer_dir, holdout_files=(source,))
+
     def test_text_without_a_usable_record_is_an_error(self, tokenizer_dir, tmp_path):
         source = write_jsonl(tmp_path / "a.jsonl", [{"x": "y"}])
         with pytest.raises(InputError, match="found none to keep"):
@@ -234,6 +276,10 @@ class TestRefusals:
             (["--vocab", "300", "--holdout", "nan"], "expected --holdout in 0 .. 1, got nan"),
             (["--vocab", "300", "--workers", "0"], "expected --workers of 1 or more, got 0"),
             (["--tokenizer", "nowhere"], "nowhere: expected tokenizer.json"),
+            (
+                ["held-out=b.jsonl", "--vocab", "300", "--holdout-files", "a.jsonl"],
+                "expected another name than 'held-out'",
+            ),
             (["--vocab", "300", "--holdout-files", "nowhere"], "nowhere: no such file or directory"),
             (["--vocab", "300", "--benchmarks", "a.jsonl"], "a.jsonl: expected a benchmark as"),
             (["--vocabulary", "300"], "--vocabulary"),

@@ -90,6 +90,9 @@ def shards(
     if vocab is not None:
         Tokenizer.check_vocab(vocab)
     sources = _sources(inputs)
+    out = Path(out)
+    if holdout_files and any(source.name == HELD_OUT for source in sources):
+        raise InputError(f"expected another name than {HELD_OUT!r} for a source: it is that of --holdout-files")
     if holdout_files:  # first, so that copies of held-out text are dropped from the training text and not the reverse
         sources = [Source(HELD_OUT, 1.0, tuple(map(str, holdout_files)), VALIDATION), *sources]
         sources[1:] = [Source(source.name, source.weight, source.paths, TRAIN) for source in sources[1:]]
@@ -103,7 +106,7 @@ def shards(
         benchmarks=tuple(map(str, benchmarks)),
         holdout=holdout,
     )
-    manifest = prepare(Job(tuple(sources), options, tokenizer and str(tokenizer), vocab, Path(out), _count(workers)))
+    manifest = prepare(Job(tuple(sources), options, tokenizer and str(tokenizer), vocab, out, _count(workers)))
     stats(out)
     if not manifest.splits[VALIDATION].tokens:
         console.print("[yellow]the validation split is empty[/]: give a larger --holdout, or --holdout-files")

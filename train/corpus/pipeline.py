@@ -12,6 +12,7 @@ Disk: the clean text, compressed, and the signatures (duplicates.py), until the 
 """
 
 import json
+import re
 import shutil
 import unicodedata
 import warnings
@@ -39,11 +40,17 @@ from .clean import (
     read_unit_result,
 )
 from .duplicates import COLUMNS, EXACT, KEPT, NEAR, Segment, later_copies
-from .files import Source, Unit, cut_into_units, list_files
+from .files import File, Source, Unit, cut_into_units, list_files
 from .sample import SAMPLE_BYTES, sample_blocks
-from .workers import Advance, Lock, console, run
+from .workers import LOCKS, Advance, Lock, console, run
 
 STAGES = ("normalize", "filter", "decontaminate", "exact duplicates", "near-duplicates")
+PLAN = "plan.json"
+# what a run leaves in its work directory beside its plan; nothing else there is ever deleted
+IN_WORK = re.compile(
+    rf"clean|copies|tokenizer|{'|'.join(LOCKS)}|verdicts\.npy|((rejects|benchmarks|verdicts|tokenizer)|plan\.json)\.partial"
+    rf"|({'|'.join(SPLITS)})-\d+\.json(\.partial)?"
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,7 @@ class Job:
 def prepare(job: Job) -> Manifest:
     """Makes `job.out`, or goes on making it. Raises InputError where that does not fit what is there already."""
     files = list_files(list(job.sources))
+    _check_out(job, files)
     units = cut_into_units(files)
     chosen = Tokenizer.load(job.tokenizer) if job.tokenizer else None
     load_benchmarks(job.options.benchmarks)
@@ -85,11 +93,37 @@ def prepare(job: Job) -> Manifest:
     finally:
         lock.release()
     for leftover in job.work.iterdir():
-        if leftover.name != "plan.json":  # the last to go: it tells that what is in `out` is this run's
+        if IN_WORK.fullmatch(leftover.name):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    shutil.rmtree(job.work)
+    (job.work / PLAN).unlink(missing_ok=True)  # the last to go: it tells that what is in `out` is this run's
+    if not any(job.work.iterdir()):
+        job.work.rmdir()
     sync(job.out)
     return Manifest.load(job.out)
+
+
+def _check_out(job: Job, files: list[File]) -> None:
+    """InputError unless `out` is apart from the input, and is new, empty or a run's: nothing of others is ever deleted."""
+    out = job.out.resolve()
+    searched = (Path(path) for source in job.sources for path in source.paths if Path(path).is_dir())
+    for path in (*searched, *(Path(file.path) for file in files)):
+        if out.is_relative_to(path.resolve()) or path.resolve().is_relative_to(out):
+            raise InputError(f"{job.out}: expected --out apart from the input, got the input {path}")
+    if not job.out.exists() or (job.work / PLAN).exists() or (job.out / "manifest.json").exists():
+        return
+    for entry in job.out.iterdir():
+        if entry.name != job.work.name or not _has_not_begun(job.work):
+            raise InputError(
+                f"{job.out}: expected a new or empty directory, or that of an unfinished run, got one with {entry.name}"
+            )
+
+
+def _has_not_begun(work: Path) -> bool:
+    """Whether a run has left nothing but this directory, its locks and the places for its results."""
+    return all(
+        not any(entry.iterdir()) if entry.is_dir() else entry.name in (*LOCKS, f"{PLAN}.partial")
+        for entry in work.iterdir()
+    )
 
 
 def _make(job: Job, units: list[Unit], chosen: Tokenizer | None) -> None:
@@ -127,16 +161,16 @@ def _plan(job: Job, units: list[Unit], chosen: Tokenizer | None) -> dict:
 
 def _is_this_run(job: Job, plan: dict) -> bool:
     """Whether what is complete in `out` was made just so and only its work directory is left to remove."""
-    file = job.work / "plan.json"
-    return job.work.exists() and (not file.exists() or parse_json(file.read_bytes(), str(file)) == plan)
+    file = job.work / PLAN
+    if not file.exists():
+        return job.work.exists() and _has_not_begun(job.work)
+    return parse_json(file.read_bytes(), str(file)) == plan
 
 
 def _begin(job: Job, plan: dict) -> None:
     """Holds `plan` against that of the unfinished run in this directory, or writes it down."""
-    file = job.work / "plan.json"
+    file = job.work / PLAN
     if not file.exists():
-        for leftover in (*job.out.glob("*.bin*"), *job.out.glob("*.jsonl")):
-            leftover.unlink()
         write_json(file, plan)
         sync(job.work)
         return
@@ -146,8 +180,6 @@ def _begin(job: Job, plan: dict) -> None:
             f"{job.out}: expected the unfinished run in it to go on with the same {', '.join(changed)}; "
             "run it as before, or delete the directory"
         )
-    for partial in (*job.out.glob("*.partial"), *job.work.rglob("*.partial")):
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)  # gone with its directory
 
 
 def _benchmark_files(options: Options) -> list:

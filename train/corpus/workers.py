@@ -24,6 +24,7 @@ console = Console(stderr=True)
 Advance = Callable[[int], None]  # so many more bytes are done
 Task = tuple  # the function's arguments after `advance`
 
+LOCKS = ("run.lock", "workers.lock")
 SMALL_BYTES = 4 << 20  # done before another process has started
 
 _advance: Advance
@@ -40,12 +41,12 @@ class Lock:
     """Keeps a second run out of `directory`, and out of it until the processes of one that was killed have ended."""
 
     def __init__(self, directory: Path):
-        self._run = (directory / "run.lock").open("w")
+        self._run = (directory / LOCKS[0]).open("w")
         try:
             fcntl.flock(self._run, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{directory}: expected no other run at work in it, found one") from None
-        with (directory / "workers.lock").open("w") as workers:
+        with (directory / LOCKS[1]).open("w") as workers:
             fcntl.flock(workers, fcntl.LOCK_EX)
 
     def release(self) -> None:
@@ -100,7 +101,7 @@ def _run_in_processes(function: Callable, tasks: list[Task], count: int, directo
     threads = {"RAYON_NUM_THREADS": str(max(1, count // processes)), "TOKENIZERS_PARALLELISM": "true"}
     before = {name: os.environ.get(name) for name in threads}
     os.environ.update(threads)
-    pool = ProcessPoolExecutor(processes, context, _begin, (directory / "workers.lock", done))
+    pool = ProcessPoolExecutor(processes, context, _begin, (directory / LOCKS[1], done))
     try:
         futures = [pool.submit(_carry_out, function, task) for task in tasks]
         waiting = set(futures)
