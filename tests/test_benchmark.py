@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import sys
 
 import pytest
@@ -11,16 +12,18 @@ import torch
 from tests.command_line import CONFIG, run, write_model
 from tests.hf import random_model
 from tests.numerics import assert_no_worse_than_torch
-from xiangxin_fast import benchmark
+from xiangxin_fast import benchmark, hf_peer
 from xiangxin_fast.benchmark import Contender, Measured, Turn, copy_bytes_per_s, measure, ours, transformers
 from xiangxin_fast.cli import benchmark as cli_benchmark
 from xiangxin_fast.cli import engine as cli_engine
+from xiangxin_fast.cli.arguments import parse
 from xiangxin_fast.config import PhiConfig
 from xiangxin_fast.errors import InputError
 from xiangxin_fast.generator import Generator
+from xiangxin_fast.hf_config import Quantization, write_configs
 from xiangxin_fast.hf_peer import causal_lm
 from xiangxin_fast.model import Phi
-from xiangxin_fast.quantization import quantize_model
+from xiangxin_fast.quantization import quantization_of, quantize_model, weight_bytes
 
 
 class TestTurn:
@@ -55,7 +58,8 @@ class TestBytes:
         model = random_model(config, torch.bfloat16)
         contender = ours(quantize_model(model, kind) if kind else model, 1)
         embedding = 0 if tied else 2 * 320 * 128
-        assert contender.weight_bytes == cli_engine.weight_bytes(config, torch.bfloat16, kind) - embedding
+        rounding = quantization_of(kind, config) if kind else None
+        assert contender.weight_bytes == weight_bytes(config, torch.bfloat16, rounding) - embedding
         matrices = 2 * (704 * 128 + 128 * 448) + (0 if tied else 320 * 128)
         each = {None: 2, "int8": 1, "int4": 0.5 + 2 / 64}[kind]
         scales = 2 * (2 * (704 + 128) + (0 if tied else 320)) if kind == "int8" else 0
@@ -184,6 +188,18 @@ class TestCommandLine:
         assert (done.code, done.err.count("\n")) == (2, 1)
         assert "--against hf: expected a transformers that works (pip install transformers), got" in done.err
 
+    def test_too_little_memory_for_it_is_not_laid_to_transformers(self, capsys, monkeypatch):
+        def out_of_memory(*_, **__):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.\nmore lines")
+
+        monkeypatch.setattr(hf_peer, "causal_lm", out_of_memory)
+        monkeypatch.setattr(cli_benchmark, "free_bytes", lambda device: 10**9)
+        done = run(capsys, None, *self.SIZES, "--against", "hf")
+        assert (done.code, done.err.count("\n")) == (2, 1)
+        own = r"expected 0\.0\d GB of memory for transformers' own weights, got 1\.00 GB free on cpu \(OutOfMemoryError"
+        assert re.search(own, done.err)
+        assert "pip install" not in done.err
+
     def test_an_unknown_preset(self, capsys):
         done = run(capsys, None, "--benchmark", "--preset", "phi-9")
         assert (done.code, done.err) == (2, f"error: config: expected a preset of {PRESET_NAMES}, got 'phi-9'\n")
@@ -218,3 +234,29 @@ class TestMemory:
             cli_engine.require_memory(config, gpu, None, None)
         cli_engine.require_memory(config, gpu, None, "int8")
         cli_engine.require_memory(config, torch.device("cpu"), None, None)
+
+    @pytest.mark.parametrize("bits", [(8, None), (4, 64)])
+    def test_weights_that_are_rounded_already_need_less(self, tmp_path, monkeypatch, bits):
+        config, gpu, recorded = PhiConfig.from_preset("phi-2"), torch.device("cuda"), Quantization(*bits)
+        write_configs(tmp_path, config, torch.bfloat16, recorded)
+        (tmp_path / "tokenizer.json").write_bytes((write_model(tmp_path / "m") / "tokenizer.json").read_bytes())
+        machine = parse(["--model", str(tmp_path), "x"]).machine
+        engine = cli_engine.Engine(tmp_path, machine)
+        monkeypatch.setattr(cli_engine, "default_device", lambda: gpu)
+        monkeypatch.setattr(cli_engine, "load_pretrained", lambda *_, **__: "loaded")
+        monkeypatch.setattr(cli_engine, "free_bytes", lambda device: int(3e9))
+        assert engine.model == "loaded"
+        del engine.model
+        monkeypatch.setattr(cli_engine, "free_bytes", lambda device: int(1e9))
+        with pytest.raises(InputError, match=r"for the weights, got 1\.00 GB; --device cpu would fit"):
+            _ = engine.model
+
+    def test_a_shape_that_no_one_asked_to_round_to_4_bits(self, monkeypatch):
+        config, gpu = PhiConfig(**vars(CONFIG) | {"channels": 80, "heads": 1, "mlp_hidden": 320}), torch.device("cuda")
+        monkeypatch.setattr(cli_engine, "free_bytes", lambda device: int(3e9))
+        cli_engine.require_memory(config, gpu, None, None)
+        monkeypatch.setattr(cli_engine, "free_bytes", lambda device: weight_bytes(config, torch.bfloat16, None) - 1)
+        with pytest.raises(InputError, match=r"; --quantize int8 \(0\.00 GB\) or --device cpu would fit$"):
+            cli_engine.require_memory(config, gpu, None, None)
+        with pytest.raises(InputError, match="expected a multiple of 32 columns for 4 bits, got 80"):
+            cli_engine.require_memory(config, gpu, None, "int4")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -21,10 +22,11 @@ from transformers import AutoModelForCausalLM
 
 import xiangxin_fast.generator as generator_module
 from tests.command_line import CONFIG, STEP, run, write_model
+from xiangxin_fast import generate
 from xiangxin_fast.cli import compare as cli_compare
 from xiangxin_fast.cli import engine as cli_engine
 from xiangxin_fast.cli import interactive as cli_interactive
-from xiangxin_fast.cli.complete import PICTURES
+from xiangxin_fast.cli.complete import PICTURES, write_json_line
 from xiangxin_fast.cli.interactive import read_entry
 from xiangxin_fast.tokenizer import Tokenizer
 
@@ -351,3 +353,23 @@ class TestInteractive:
                 while terminal.read(1 << 12):
                     pass
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+class TestATerminalWithoutAPrompt:
+    @pytest.mark.parametrize("option", [("--json",), ("--num-samples", "2")])
+    def test_is_interactive_and_ignores_no_option(self, directory, capsys, monkeypatch, option):
+        terminal = io.StringIO()
+        monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+        monkeypatch.setattr(sys, "stdin", terminal)
+        with pytest.raises(SystemExit, match="2"):
+            generate.main(["--model", str(directory), "--device", "cpu", *option])
+        expected = f"error: --interactive (a terminal, and no prompt): expected no {option[0]}, got it\n"
+        assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_json_has_characters_alone(encoding):
+    """What a prompt had for no character is in the result as the tokenizer took it, and no "?"."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding, errors="replace")
+    write_json_line(out, {"prompt": "中\ud800b😀", "x": 0.1})
+    assert json.loads(out.buffer.getvalue()) == {"prompt": "中\ufffdb😀", "x": 0.1}

@@ -5,9 +5,11 @@ import re
 import pytest
 import torch
 
+from tests.command_line import run, write_model
 from tests.hf import random_model
 from tests.test_generate import PHI_2
-from xiangxin_fast import decode_batch
+from xiangxin_fast import checkpoint, decode_batch, load_pretrained
+from xiangxin_fast.cli import score
 from xiangxin_fast.decode_batch import DecodeBatch
 from xiangxin_fast.errors import InputError
 from xiangxin_fast.generator import Generator
@@ -73,3 +75,28 @@ def test_what_follows_a_lack_of_memory_is_one():
     assert not lacks_memory(failed)
     failed.__context__ = LACKS["Triton"]
     assert lacks_memory(failed)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_loading_tells_what_is_needed(tmp_path, monkeypatch, quantize):
+    directory = write_model(tmp_path / "m")
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda device: 10**6)
+    monkeypatch.setattr(checkpoint, "place", raises(LACKS["torch"]))
+    with pytest.raises(
+        InputError, match=r"of free memory on cpu for the weights, got 0\.00 GB; .* would fit \(CUDA out"
+    ):
+        load_pretrained(directory, "cpu", quantize=quantize)
+    monkeypatch.setattr(checkpoint, "place", raises(OTHER))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        load_pretrained(directory, "cpu")
+
+
+def test_scoring_tells_what_is_needed_and_what_would_fit(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Phi, "hidden", raises(LACKS["torch"]))
+    token = (7 * 160 + 2 * 320 + 320) * 4 + 320 * 8
+    monkeypatch.setattr(score, "free_bytes", lambda device: 3 * token)
+    done = run(capsys, write_model(tmp_path / "m"), "--score", "0123456789")
+    needs = r"error: --score: \d+ tokens at once need about 0\.00 GB beside the weights, got 0\.00 GB free on cpu"
+    fits = r"a text of 3 tokens would fit \(CUDA out of memory\. Tried to allocate 20 MiB\.\)\n"
+    assert done.code == 2
+    assert re.fullmatch(f"{needs}: {fits}", done.err)

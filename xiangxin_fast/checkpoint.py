@@ -24,6 +24,7 @@ from .config import PhiConfig
 from .errors import InputError
 from .hf_config import Quantization, read_config, read_quantization, write_configs
 from .layout import FUSED, NATIVE, REMOTE, Slot, slots_of
+from .memory import free_bytes, lacks_memory
 from .model import DEFAULT_DTYPE, Phi, refuse_fp16
 from .quantization import (
     entries_of,
@@ -33,6 +34,7 @@ from .quantization import (
     require_bf16,
     rounded,
     tensors_of,
+    too_little_for_weights,
 )
 from .safetensors_file import FLOAT_NAMES, SafetensorsFile, write_safetensors
 from .strict_files import MIB, file_of, read_json, sync, write_json
@@ -58,7 +60,7 @@ def load_pretrained(
     or "int4", rounds the matrices as they are read; such a model computes in bf16 and has no gradients. As in
     transformers the model is in evaluation mode; to train it, call `.train()` first.
     Memory: the model plus its largest layer. InputError where the directory does not fit; with `check_finite` also
-    where a weight is NaN or infinite, in `dtype`.
+    where a weight is NaN or infinite, in `dtype`, and where memory runs out.
     """
     directory = _directory(directory)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -75,8 +77,15 @@ def load_pretrained(
         parameters = _rounded_parameters(model, directory, recorded, device, check_finite)
     else:
         parameters = _parameters(model, directory, device, check_finite, f"Loading {directory.name}")
-    for name, value in rounded(parameters, wanted) if wanted else parameters:
-        place(model, name, value)
+    free = free_bytes(device)
+    try:
+        for name, value in rounded(parameters, wanted) if wanted else parameters:
+            place(model, name, value)
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
+        told = too_little_for_weights(config, device, dtype, free, wanted=wanted, recorded=recorded)
+        raise InputError(f"{told} ({str(error).splitlines()[0]})") from None
     return model.eval().requires_grad_(not (recorded or wanted))
 
 

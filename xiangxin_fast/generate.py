@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .cli.arguments import Arguments, parse
+from .cli.arguments import Arguments, parse, refuse_what_has_no_effect
 from .errors import exits_cleanly
 
 REFUSED, INTERRUPTED, BROKEN_PIPE = 1, 130, 141  # the latter two as a shell gives them: 128 + signal
@@ -31,6 +31,7 @@ def run(arguments: Arguments) -> int:
         benchmark(arguments)
         return 0
     if arguments.interactive or (nothing_to_do and sys.stdin.isatty() and not (arguments.score or arguments.compare)):
+        refuse_what_has_no_effect(arguments, "--interactive", " (a terminal, and no prompt)")
         from .cli.interactive import interactive
 
         interactive(arguments)

@@ -4,6 +4,7 @@ Rounded are w_in, w_out and an untied head; embedding, biases and LayerNorms sta
 parameters under Phi's names, a rounded one as NAME.codes and NAME.scale in the layout of xiangxin_kernels' quantize.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from xiangxin_kernels import QuantizedWeight, default_group, quantize
 from .config import PhiConfig
 from .errors import InputError
 from .hf_config import Quantization
+from .memory import gigabytes
 from .model import Phi
 from .safetensors_file import DTYPE_NAMES, SafetensorsFile
 
@@ -94,6 +96,40 @@ def entries_of(shapes: Mapping[str, tuple[int, ...]], quantization: Quantization
         codes, scale = ((torch.int8, (N, K)), (N,)) if bits == 8 else ((torch.uint8, (N, K // 2)), (N, K // group))
         entries[f"{name}.codes"], entries[f"{name}.scale"] = codes, (torch.bfloat16, scale)
     return entries
+
+
+def weight_bytes(config: PhiConfig, dtype: torch.dtype, quantization: Quantization | None) -> int:
+    """Bytes of a model's weights in memory."""
+    if quantization is None:
+        return config.parameters * dtype.itemsize
+    shapes = {name: parameter.shape for name, parameter in Phi(config, "meta").named_parameters()}
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in entries_of(shapes, quantization).values())
+
+
+def too_little_for_weights(
+    config: PhiConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    free: int,
+    *,
+    wanted: Quantization | None,
+    recorded: Quantization | None,
+) -> InputError:
+    """What to tell where the weights do not fit in `free` bytes: what they need, and what would do.
+
+    `wanted` is how they are to be rounded, `recorded` how they are already, so that they cannot be rounded further.
+    """
+    needed, fits = weight_bytes(config, dtype, recorded or wanted), []
+    for kind in () if recorded else BITS:
+        try:
+            size = weight_bytes(config, dtype, quantization_of(kind, config))
+        except InputError:  # a shape that 4 bits do not fit, which nobody asked for
+            continue
+        if size < min(needed, free):
+            fits.append(f"--quantize {kind} ({gigabytes(size)})")
+    needs = f"expected {gigabytes(needed)} of free memory on {device} for the weights, got {gigabytes(free)}"
+    elsewhere = ["--device cpu"] if device.type == "cuda" else []
+    return InputError(f"{needs}; {' or '.join([*fits, *elsewhere]) or 'a smaller model'} would fit")
 
 
 def tensors_of(parameters: Iterable[tuple[str, Tensor | QuantizedWeight]]) -> Iterator[Tensor]:

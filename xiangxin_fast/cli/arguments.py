@@ -154,7 +154,7 @@ def _check(arguments: Arguments) -> None:
     if len(modes) > 1:
         allowed = "--interactive, --score, --compare and --benchmark"
         raise InputError(f"expected one of {allowed}, got {' and '.join(modes)}")
-    _refuse_what_has_no_effect(arguments, modes[0] if modes else "")
+    refuse_what_has_no_effect(arguments, modes[0] if modes else "")
     if arguments.input is not None and arguments.prompts:
         raise InputError(f"expected prompts or --input, got both: {arguments.prompts[0]!r:.100} and {arguments.input}")
     if arguments.bench.preset is None:
@@ -181,8 +181,8 @@ def _check(arguments: Arguments) -> None:
         raise InputError("--stop: expected text, got an empty string")
 
 
-def _refuse_what_has_no_effect(arguments: Arguments, mode: str) -> None:
-    """InputError for an option that `mode` would silently ignore."""
+def refuse_what_has_no_effect(arguments: Arguments, mode: str, reason: str = "") -> None:
+    """InputError for an option that `mode`, which there is for `reason`, would silently ignore."""
     given = _given(arguments)
     for needed, flags in {"--score": {"stride"}, "--benchmark": _names(BenchmarkOptions)}.items():
         if mode != needed and given & flags:
@@ -194,7 +194,7 @@ def _refuse_what_has_no_effect(arguments: Arguments, mode: str) -> None:
         "--benchmark": {"prompts", "input", "stats", "lookup", "rows", "check_finite", "max_length", "stop"} | sampling,
     }
     if given & refused.get(mode, set()):
-        raise InputError(f"{mode}: expected no {_flags(given & refused[mode])}, got it")
+        raise InputError(f"{mode}{reason}: expected no {_flags(given & refused[mode])}, got it")
     draws = given & {"temperature", "top_k", "top_p", "min_p"}
     if arguments.sampling.greedy and draws and arguments.sampling.temperature:
         raise InputError(f"--greedy: expected no {_flags(draws)}, got it")

@@ -15,7 +15,8 @@ from xiangxin_fast.benchmark import Contender, Measured, copy_bytes_per_s, measu
 from xiangxin_fast.checkpoint import load_pretrained
 from xiangxin_fast.config import PhiConfig
 from xiangxin_fast.errors import InputError
-from xiangxin_fast.hf_config import read_config
+from xiangxin_fast.hf_config import read_config, read_quantization
+from xiangxin_fast.memory import free_bytes, gigabytes, lacks_memory
 from xiangxin_fast.model import DEFAULT_DTYPE, Phi
 from xiangxin_fast.quantization import quantize_model
 from xiangxin_fast.strict_files import file_of
@@ -61,7 +62,8 @@ def benchmark(arguments: "Arguments") -> None:
 def _model(arguments: "Arguments", quantize: str | None) -> Phi:
     device, dtype = device_of(arguments.machine), dtype_of(arguments.machine)
     if arguments.bench.preset is None:
-        require_memory(read_config(file_of(arguments.model, "config.json")), device, dtype, quantize)
+        path = file_of(arguments.model, "config.json")
+        require_memory(read_config(path), device, dtype, quantize, read_quantization(path))
         return load_pretrained(arguments.model, device, dtype, quantize=quantize)
     config = PhiConfig.from_preset(arguments.bench.preset)
     require_memory(config, device, dtype, None)
@@ -77,8 +79,18 @@ def _peer(model: Phi) -> dict[str, Contender]:
         return {HF: transformers(causal_lm(model, share=True), model.config)}
     except Exception as error:  # it may be built for another torch: then importing it fails in its own way
         got = " ".join(f"{type(error).__name__}: {error}".split())
+        if lacks_memory(error):
+            raise InputError(f"{_too_little_for_peer(model)} ({got:.200})") from None
         expected = "a transformers that works (pip install transformers)"
         raise InputError(f"--against hf: expected {expected}, got {got:.200}") from None
+
+
+def _too_little_for_peer(model: Phi) -> str:
+    """What transformers needs beside the weights that both lay out alike: q, k, v, dense and fc2 of its own."""
+    C, F, device = model.config.channels, model.config.mlp_hidden, model.embed.device
+    own = model.config.layers * C * (4 * C + F) * model.embed.dtype.itemsize
+    got = f"{gigabytes(free_bytes(device))} free on {device}"
+    return f"--against hf: expected {gigabytes(own)} of memory for transformers' own weights, got {got}"
 
 
 def _about(arguments: "Arguments", model: Phi) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import signal
 import sys
 import time
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 DEFAULT_NEW_TOKENS = 256
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class StopMatcher:
@@ -148,9 +150,10 @@ def completion(sample: Sample) -> dict[str, object]:
 
 
 def write_json_line(out: TextIO, value: dict[str, object]) -> None:
-    """Writes `value` as a line of JSON, as `write_line` does."""
+    """Writes `value` as a line of JSON, as `write_line` does; what is no character as the tokenizer has it, U+FFFD."""
     unicode = (out.encoding or "utf-8").lower().startswith("utf")
-    write_line(out, json.dumps(value, ensure_ascii=not unicode))
+    line = LONE_SURROGATE.sub("\ufffd", json.dumps(value, ensure_ascii=False))
+    write_line(out, line if unicode else json.dumps(json.loads(line)))
 
 
 def write_line(out: TextIO, line: str) -> None:

@@ -1,7 +1,6 @@
 """A model directory as the command line wants it: tokenizer and shape at once, the weights when they are needed."""
 
 import functools
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,10 +11,10 @@ from xiangxin_fast.config import PhiConfig
 from xiangxin_fast.decode_batch import MAX_ROWS
 from xiangxin_fast.errors import InputError
 from xiangxin_fast.generator import Generator
-from xiangxin_fast.hf_config import read_config
-from xiangxin_fast.kv_cache import free_bytes
+from xiangxin_fast.hf_config import Quantization, read_config, read_quantization
+from xiangxin_fast.memory import free_bytes
 from xiangxin_fast.model import DEFAULT_DTYPE, Phi
-from xiangxin_fast.quantization import entries_of, quantization_of
+from xiangxin_fast.quantization import quantization_of, too_little_for_weights, weight_bytes
 from xiangxin_fast.strict_files import file_of
 from xiangxin_fast.tokenizer import Tokenizer
 
@@ -57,29 +56,20 @@ def dtype_of(machine: "MachineOptions") -> torch.dtype | None:
 
 
 def require_memory(
-    config: PhiConfig, device: torch.device | None, dtype: torch.dtype | None, quantize: str | None
+    config: PhiConfig,
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+    quantize: str | None,
+    recorded: Quantization | None = None,
 ) -> None:
-    """InputError where a GPU has too little memory for the weights: what they need, and what would fit."""
-    device = device or default_device()
-    if device.type != "cuda":
-        return
-    needed = {kind: weight_bytes(config, dtype or DEFAULT_DTYPE, kind) for kind in (None, "int8", "int4")}
-    free = free_bytes(device)
-    if needed[quantize] > free:
-        fits = [f"--quantize {kind} ({needed[kind] / 1e9:.2f} GB)" for kind in ("int8", "int4") if needed[kind] < free]
-        raise InputError(
-            f"expected {needed[quantize] / 1e9:.2f} GB of free memory on {device} for the weights, got "
-            f"{free / 1e9:.2f} GB; {' or '.join([*fits, '--device cpu'])} would fit"
-        )
+    """InputError where a GPU has too little memory for the weights: what they need, and what would fit.
 
-
-def weight_bytes(config: PhiConfig, dtype: torch.dtype, quantize: str | None) -> int:
-    """Bytes of a model's weights."""
-    if quantize is None:
-        return config.parameters * dtype.itemsize
-    shapes = {name: parameter.shape for name, parameter in Phi(config, "meta").named_parameters()}
-    entries = entries_of(shapes, quantization_of(quantize, config)).values()
-    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in entries)
+    `recorded`: how they are rounded already.
+    """
+    device, dtype = device or default_device(), dtype or DEFAULT_DTYPE
+    wanted = quantization_of(quantize, config) if quantize and not recorded else None
+    if device.type == "cuda" and weight_bytes(config, dtype, recorded or wanted) > (free := free_bytes(device)):
+        raise too_little_for_weights(config, device, dtype, free, wanted=wanted, recorded=recorded)
 
 
 class Engine:
@@ -89,7 +79,8 @@ class Engine:
         self.directory, self._machine = directory, machine
         self._device = device_of(machine)
         self.tokenizer = Tokenizer.load(directory)
-        self.config = read_config(file_of(directory, "config.json"))
+        self.config = read_config(path := file_of(directory, "config.json"))
+        self._recorded = read_quantization(path)
         for flag, number, most in (("--rows", machine.rows, MAX_ROWS), ("--lookup", machine.lookup, MAX_ROWS - 1)):
             if number > most:
                 raise InputError(f"{flag}: expected at most {most}, got {number}")
@@ -97,7 +88,7 @@ class Engine:
     @functools.cached_property
     def model(self) -> Phi:
         dtype, quantize = dtype_of(self._machine), self._machine.quantize
-        require_memory(self.config, self._device, dtype, quantize)
+        require_memory(self.config, self._device, dtype, quantize, self._recorded)
         check_finite = self._machine.check_finite
         return load_pretrained(self.directory, self._device, dtype, quantize=quantize, check_finite=check_finite)
 

@@ -2,13 +2,14 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from xiangxin_fast.errors import InputError
+from xiangxin_fast.memory import free_bytes, gigabytes, lacks_memory
 from xiangxin_fast.score import window_logprobs
 
 from .complete import token_bar, write_json_line, write_line
@@ -68,12 +69,7 @@ def score_records(engine: "Engine", records: Sequence[Record], arguments: "Argum
     total = Score(0, 0, 0.0)
     with token_bar("Scoring", sum(len(tokens) - 1 for _, tokens, _ in inputs), not sys.stdout.isatty()) as advance:
         for record, tokens, first in inputs:
-            parts = []
-            windows = window_logprobs(engine.model, tokens, arguments.stride, valid_ids=len(engine.tokenizer))
-            for part in windows:
-                parts.append(part.double().cpu())
-                advance(len(part))
-            logprobs = torch.cat(parts)[first - 1 :].tolist()
+            logprobs = _logprobs(engine, tokens, arguments.stride, advance)[first - 1 :]
             score = Score(len(logprobs), _characters(engine, tokens, first), math.fsum(logprobs))
             if not math.isfinite(score.logprob):
                 raise InputError(f"{record.where}: the model gave {score.logprob} for it: its weights are damaged")
@@ -86,6 +82,29 @@ def score_records(engine: "Engine", records: Sequence[Record], arguments: "Argum
         write_json_line(sys.stdout, {"total": len(inputs)} | (total.as_json() if inputs else {}))
     elif len(inputs) > 1:
         write_line(sys.stdout, f"all {len(inputs)}: {total}")
+
+
+def _logprobs(engine: "Engine", tokens: list[int], stride: int | None, advance: Callable[[int], None]) -> list[float]:
+    """Of each token but the first. InputError where memory is short: what is needed, and what would fit."""
+    parts, model = [], engine.model
+    try:
+        for part in window_logprobs(model, tokens, stride, valid_ids=len(engine.tokenizer)):
+            parts.append(part.double().cpu())
+            advance(len(part))
+        return torch.cat(parts).tolist()
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+    # Out of the handler: the error holds on to what was allocated until then.
+    config, dtype, device = model.config, model.embed.dtype, model.embed.device
+    layer, logits = (7 * config.channels + 2 * config.mlp_hidden) * dtype.itemsize, config.vocab * (dtype.itemsize + 8)
+    window, free = min(len(tokens) - 1, config.context), free_bytes(device)
+    fewer = min(free // (layer + logits), window - 1)
+    raise InputError(
+        f"--score: {window} tokens at once need about {gigabytes(window * (layer + logits))} beside the weights, got "
+        f"{gigabytes(free)} free on {device}: a text of {fewer} tokens would fit ({reason})"
+    )
 
 
 def _tokens(engine: "Engine", record: Record) -> tuple[list[int], int]:
