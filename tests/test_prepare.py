@@ -276,13 +276,9 @@ class TestRefusals:
             (["--vocab", "300", "--holdout", "nan"], "expected --holdout in 0 .. 1, got nan"),
             (["--vocab", "300", "--workers", "0"], "expected --workers of 1 or more, got 0"),
             (["--tokenizer", "nowhere"], "nowhere: expected tokenizer.json"),
-            (
-                ["held-out=b.jsonl", "--vocab", "300", "--holdout-files", "a.jsonl"],
-                "expected another name than 'held-out'",
-            ),
             (["--vocab", "300", "--holdout-files", "nowhere"], "nowhere: no such file or directory"),
             (["--vocab", "300", "--benchmarks", "a.jsonl"], "a.jsonl: expected a benchmark as"),
-            (["--vocabulary", "300"], "--vocabulary"),
+            (["--vocabulary", "300"], "Unrecognized options: --vocabulary, 300"),
         ],
     )
     @pytest.mark.parametrize("command", [[], ["shards"]])
@@ -295,6 +291,22 @@ class TestRefusals:
         assert stopped.value.code == 2
         (error,) = capsys.readouterr().err.strip().splitlines()
         assert error.startswith("error: ")
+        assert message in error
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([], "--out PATH"),
+            (["--bogus"], "error: Unrecognized options: --bogus ("),
+            (["tokenizer", "--bogus"], "error: Unrecognized options: --bogus ("),
+        ],
+    )
+    def test_the_option_that_does_not_exist_is_named_first(self, monkeypatch, capsys, arguments, message):
+        monkeypatch.setattr(sys, "argv", ["prepare.py", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            prepare.main()
+        assert stopped.value.code == 2
+        (error,) = capsys.readouterr().err.strip().splitlines()
         assert message in error
 
     @pytest.mark.parametrize("inputs", [[], ["nowhere.txt"], ["a.csv"], ["empty"], ["*.parquet"]])

@@ -281,7 +281,7 @@ def _later(function: Callable) -> Callable:
 def main() -> None:
     commands = {function.__name__: _later(function) for function in (shards, tokenizer, verify, stats)}
     arguments = sys.argv[1:]
-    if arguments and arguments[0] not in (*commands, "-h", "--help"):
+    if not arguments or arguments[0] not in (*commands, "-h", "--help"):
         arguments = ["shards", *arguments]
     with one_line_complaints():
         command = tyro.extras.subcommand_cli_from_dict(

@@ -33,8 +33,10 @@ def exits_cleanly(main: Callable) -> Callable:
 def _one_line(box: str) -> str:
     """tyro's framed report of a bad command line as one line."""
     lines = [line.strip(" │") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
-    rules = [i for i, line in enumerate(lines) if line.startswith("─")] or [len(lines)]
-    message = " ".join(lines[: rules[0]])
+    parts = [part.strip() for part in re.split(r"[─-]{9,}", " ".join(lines))]
+    parts = parts if box.startswith("╭") else parts[1:]  # without UTF-8 the title stands above a rule of its own
+    # an option that does not exist says more than one that is missing beside it
+    message = next((part for part in parts if part.startswith("Unrecognized")), parts[0])
     near = re.search(r"Perhaps you meant:.*?(--[\w-]+)", " ".join(lines), flags=re.DOTALL)
     return message + (f"; perhaps you meant {near[1]}" if near else "")
 

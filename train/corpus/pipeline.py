@@ -103,7 +103,7 @@ def prepare(job: Job) -> Manifest:
 
 
 def _check_out(job: Job, files: list[File]) -> None:
-    """InputError unless `out` is apart from the input, and is new, empty or a run's: nothing of others is ever deleted."""
+    """InputError unless `out` is apart from the input and new, empty or a run's: only what is ours is ever deleted."""
     out = job.out.resolve()
     searched = (Path(path) for source in job.sources for path in source.paths if Path(path).is_dir())
     for path in (*searched, *(Path(file.path) for file in files)):
