@@ -47,7 +47,8 @@ def _attention(name: str, file: str, old: str, new: str, only: str = "other_head
 
 
 def _cross_entropy(name: str, old: str, new: str) -> Mutation:
-    return Mutation(f"cross_entropy: {name}", "cross_entropy.py", old, new, "tests/kernels/test_cross_entropy.py")
+    tests = "tests/kernels/test_cross_entropy.py tests/kernels/test_cross_entropy_contract.py"
+    return Mutation(f"cross_entropy: {name}", "cross_entropy.py", old, new, tests)
 
 
 def _gemm(name: str, old: str, new: str, only: str = "") -> Mutation:
@@ -154,6 +155,8 @@ MUTATIONS = [
     _cross_entropy("ignored rows get a gradient", "dz = tl.where(ignored, 0.0, dz)", "dz = dz"),
     _cross_entropy("z-loss left out of the gradient", "(1.0 + 2.0 * z_loss * lse) / l_i", "1.0 / l_i"),
     _cross_entropy("upstream gradient of row 0", "dloss_ptr + row * dloss_stride_n", "dloss_ptr"),
+    _cross_entropy("strided targets read in place", "targets = targets.contiguous()\n", "targets = targets\n"),
+    _cross_entropy("dW given away twice", "ctx.given = True", "ctx.given = False"),
     _gemm("last K tile unmasked", "EVEN_K=K % config.block_k == 0", "EVEN_K=True"),
     _gemm("positions run over sequences", "q_start + offs_m % T", "q_start + offs_m"),
     _gemm("rows past the end summed", "tl.sum(tl.where(mask, t, 0.0), 0)", "tl.sum(t, 0)"),

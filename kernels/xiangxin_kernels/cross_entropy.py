@@ -13,10 +13,12 @@ Shapes    logits [N, V]   x [N, C]   weight [V, C]   bias [V] or None   targets 
 Method    Rows go in chunks whose logits fit a workspace. Per chunk: one GEMM, one kernel that turns the logits in place
           into loss, lse and dz, then the gradient GEMMs at once, so that the backward only scales. With per-token
           losses the upstream gradient must enter before the sum over rows: there the backward makes the logits again.
-Saves     peak, total and the logits (plain) or x, weight, bias (fused, "none"); fused "mean", "sum": the gradients
+Saves     peak, total and the logits (plain) or x, weight, bias (fused, "none"); fused "mean", "sum": the gradients, of
+          which an fp32 dW is handed out itself (x is kept then, so that a second backward can make it again)
 Numerics  softmax and dz in fp32, rounded once; dW and db accumulated in fp32 over chunks in ascending order. peak and
           total stay apart: at |z| = 1e4 the rounding of lse would cost p three digits, and a confident loss all
-Limits    a target outside [0, V) that is not ignore_index: ValueError on a CPU; on a device the row's loss and gradient
+Limits    Triton: fp32, fp16, bf16; last axes that are not contiguous, and targets, are copied
+          a target outside [0, V) that is not ignore_index: ValueError on a CPU; on a device the row's loss and gradient
           are NaN (asking would wait for the device) and nothing out of bounds is touched
 Source    Milakov, Gimelshein 2018, arXiv:1805.02867 (online softmax); Szegedy et al. 2015, arXiv:1512.00567, section 7
           (label smoothing); Chowdhery et al. 2022, arXiv:2204.02311, section 5 (z-loss)
@@ -28,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._host import check, kernel_op, use_triton
+from ._host import check, check_dtypes, kernel_op, use_triton
 from ._tuning import arch_of, choose_cross_entropy
 
 WORKSPACE_BYTES = 256 * 2**20
@@ -155,7 +157,8 @@ def _check_targets(targets: Tensor, V: int, ignore_index: int) -> None:
 
 def _rows_cpu(z, dz, targets, peak, total, loss, dloss, ignore_index, z_loss, label_smoothing) -> None:
     _check_targets(targets, z.shape[1], ignore_index)
-    ignored, column = targets == ignore_index, targets.clamp(min=0)[:, None]
+    ignored = targets == ignore_index
+    column = targets.masked_fill(ignored, 0)[:, None]
     z = z.to(peak.dtype)
     z_target, z_mean = z.gather(1, column)[:, 0], z.mean(dim=1) if label_smoothing else None
     if loss is not None:
@@ -215,7 +218,7 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     beta = 0 if first else 1
     if a.dtype == total.dtype:
         torch.addmm(total, a, b, beta=beta, out=total)
-    elif a.is_cuda:
+    elif a.device.type != "cpu":
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
     else:  # mm with an out_dtype has no CPU kernel
         torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
@@ -287,6 +290,11 @@ def _row_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty(3, x.shape[0], device=x.device, dtype=_wide(x.dtype)).unbind()
 
 
+def _lse(peak: Tensor, total: Tensor) -> Tensor:
+    """lse [N]; below a logit of +inf total is NaN, and lse is not."""
+    return torch.where(peak == float("inf"), peak, peak + total.log())
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, *options):
@@ -294,7 +302,7 @@ class _CrossEntropy(torch.autograd.Function):
         _cross_entropy_fwd(logits, targets, peak, total, loss, *options)
         ctx.save_for_backward(logits, targets, peak, total)
         ctx.options = options
-        lse = peak + total.log()
+        lse = _lse(peak, total)
         ctx.mark_non_differentiable(lse)
         return loss, lse
 
@@ -312,12 +320,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, targets, chunk_rows, *options):
-        peak, total, loss = _row_statistics(x)
-        z = _workspace(x, len(weight), chunk_rows)
-        _linear_cross_entropy_fwd(x, weight, bias, targets, z, peak, total, loss, None, None, None, *options)
+        nothing = (None, None, None)
+        peak, total, loss = _loss_and_gradients(x, weight, bias, targets, chunk_rows, nothing, options)
         ctx.save_for_backward(x, weight, bias, targets, peak, total)
         ctx.chunk_rows, ctx.options = chunk_rows, options
-        lse = peak + total.log()
+        lse = _lse(peak, total)
         ctx.mark_non_differentiable(lse)
         return loss, lse
 
@@ -332,25 +339,45 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
-    """The sum of the losses: the upstream gradient is one number, so the forward makes the gradients."""
+    """The sum of the losses: the upstream gradient is one number, so the forward makes the gradients.
+
+    An fp32 weight's dW is its accumulator, scaled in place and given away; a second backward makes the gradients again.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, targets, chunk_rows, needs_grad, *options):
-        peak, total, loss = _row_statistics(x)
-        z = _workspace(x, len(weight), chunk_rows)
         gradients = _gradients(x, weight, bias, ctx.needs_input_grad) if needs_grad else (None, None, None)
-        _linear_cross_entropy_fwd(x, weight, bias, targets, z, peak, total, loss, *gradients, *options)
-        ctx.save_for_backward(weight, bias, *gradients)
-        lse = peak + total.log()
+        peak, total, loss = _loss_and_gradients(x, weight, bias, targets, chunk_rows, gradients, options)
+        # The compiler reuses buffers by itself, and a mutation of what was saved would hold for every run of its graph.
+        ctx.gives_dw = weight.dtype == _wide(weight.dtype) and not torch.compiler.is_compiling()
+        ctx.save_for_backward(weight, bias, *gradients, *((x, targets) if ctx.gives_dw else (None, None)))
+        ctx.given, ctx.chunk_rows, ctx.options = False, chunk_rows, options
+        lse = _lse(peak, total)
         ctx.mark_non_differentiable(lse)
         return loss.sum(), lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss, _):
-        weight, bias, dx, dw, db = ctx.saved_tensors
+        weight, bias, dx, dw, db, x, targets = ctx.saved_tensors
+        if ctx.given:
+            dx, dw, db = _gradients(x, weight, bias, ctx.needs_input_grad)
+            _loss_and_gradients(x, weight, bias, targets, ctx.chunk_rows, (dx, dw, db), ctx.options)
+        if dw is not None and ctx.gives_dw:
+            ctx.given = True
+            dw = dw.data.mul_(dloss)  # .data: what its receiver writes into it is no change of a saved tensor
+        else:
+            dw = _rounded(dw, weight, dloss)
         dx = None if dx is None else dx * dloss
-        return dx, _rounded(dw, weight, dloss), _rounded(db, bias, dloss), None, None, None, None, None, None
+        return dx, dw, _rounded(db, bias, dloss), None, None, None, None, None, None
+
+
+def _loss_and_gradients(x, weight, bias, targets, chunk_rows, gradients, options) -> tuple[Tensor, Tensor, Tensor]:
+    """peak, total, loss [N]; those of the gradients dx, dw, db that are given become those of the losses' sum."""
+    peak, total, loss = _row_statistics(x)
+    z = _workspace(x, len(weight), chunk_rows)
+    _linear_cross_entropy_fwd(x, weight, bias, targets, z, peak, total, loss, *gradients, *options)
+    return peak, total, loss
 
 
 def _gradients(x, weight, bias, needed) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -372,7 +399,10 @@ def _rounded(gradient: Tensor | None, parameter: Tensor | None, scale: Tensor | 
     return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=parameter.dtype))
 
 
-def _check_options(op: str, targets: Tensor, N: int, reduction: str) -> None:
+def _check_options(op: str, computed: Tensor, targets: Tensor, N: int, reduction: str) -> None:
+    """`computed`: logits or x, whose dtype the op computes from."""
+    if use_triton(computed):
+        check_dtypes(op, **{"logits" if op == "cross_entropy" else "x": computed})
     check(targets.shape == (N,), f"{op}: expected targets [{N}], got {list(targets.shape)}")
     check(targets.dtype == torch.int64, f"{op}: expected targets of torch.int64, got {targets.dtype}")
     check(reduction in ("mean", "sum", "none"), f"{op}: expected reduction mean, sum or none, got {reduction!r}")
@@ -395,9 +425,10 @@ def cross_entropy(
     """
     check(logits.dim() == 2, f"cross_entropy: expected logits [N, V], got {list(logits.shape)}")
     check(logits.is_floating_point(), f"cross_entropy: expected floating-point logits, got {logits.dtype}")
-    _check_options("cross_entropy", targets, logits.shape[0], reduction)
+    _check_options("cross_entropy", logits, targets, logits.shape[0], reduction)
     if logits.stride(1) != 1:
         logits = logits.contiguous()
+    targets = targets.contiguous()  # the kernel knows no stride of theirs
     loss, lse = _CrossEntropy.apply(logits, targets, ignore_index, z_loss, label_smoothing)
     if reduction != "none":
         loss = loss.sum()
@@ -437,7 +468,8 @@ def linear_cross_entropy(
         check(bias.shape == (V,), f"linear_cross_entropy: expected bias [{V}], got {list(bias.shape)}")
     if chunk_rows is not None:
         check(chunk_rows > 0, f"linear_cross_entropy: expected chunk_rows > 0, got {chunk_rows}")
-    _check_options("linear_cross_entropy", targets, N, reduction)
+    _check_options("linear_cross_entropy", x, targets, N, reduction)
+    targets = targets.contiguous()
     options = (ignore_index, z_loss, label_smoothing)
     if reduction == "none":
         loss, lse = _LinearCrossEntropy.apply(x, weight, bias, targets, chunk_rows, *options)
