@@ -7,14 +7,16 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 TORCH := torch==2.13.0
 TORCH_INDEX ?=
 WORKERS ?= 2
+TESTS = $(BIN)/python -m pytest -n $(WORKERS) --benchmark-disable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint size
+.PHONY: help demo test test-slow bench lint size
 
 help:
 	@echo "make demo       train a 10 M-parameter model on a Chinese novel (5 minutes on 2 CPU cores) and complete text"
 	@echo "make test       run every test that is not slow"
 	@echo "make test-slow  run the slow ones"
+	@echo "make bench      time every op that a CPU runs beside plain torch; python -m bench measures at Phi's shapes"
 	@echo "make lint       style and layering"
 	@echo "make size       lines of code by room"
 	@echo
@@ -47,12 +49,15 @@ demo: $(VENV)/train.stamp
 
 # Triton's interpreter and its compiler exclude each other in a process, so the tests are two.
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n $(WORKERS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -m interpreter
+	$(TESTS)
+	TRITON_INTERPRET=1 $(TESTS) -m interpreter
 
 test-slow: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n $(WORKERS) -m slow
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -m "interpreter and slow"
+	$(TESTS) -m slow
+	TRITON_INTERPRET=1 $(TESTS) -m "interpreter and slow"
+
+bench: $(VENV)/test.stamp
+	$(BIN)/python -m pytest bench
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
