@@ -1,9 +1,11 @@
 """Reading: every published record format, container and encoding; a fault is one record's, named by file and offset."""
 
 import gzip
+import io
 import itertools
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import pyarrow
@@ -15,7 +17,7 @@ from pyarrow import parquet
 
 from train.corpus import files, records
 from train.corpus.files import Source, cut_into_units, list_files, merge_sources, parse_source
-from train.corpus.records import MAX_RECORD_BYTES, TEXT_KEYS, Reader
+from train.corpus.records import TEXT_KEYS, Reader
 from xiangxin_fast.errors import InputError
 
 LONG = "山里的春天来得很晚，河面上还有一层薄薄的冰。" * 3
@@ -101,6 +103,17 @@ class TestFormats:
         (tmp_path / "b.json").write_bytes(as_json(["三", "四"]))
         assert read(tmp_path) == (['一"}]{[', "二\\", "三", "四"], [])
 
+    def test_text_is_looked_for_behind_a_blank_one(self, tmp_path):
+        assert read(write_lines(tmp_path / "a.jsonl", [{"text": " ", "content": "正文"}])) == (["正文"], [])
+
+    def test_what_follows_an_array_is_read(self, tmp_path):
+        lines = [[1, 2], {"text": "一"}, [{"text": "二"}, {"text": "三"}], {"text": "四"}, b"tail"]
+        texts, faults = read(write_lines(tmp_path / "a.jsonl", lines))
+        assert texts == ["一", "二", "三", "四"]
+        content = (tmp_path / "a.jsonl").read_bytes()
+        found = [(content[offset : offset + 4], reason) for _, offset, reason in faults]
+        assert found == [(b"1, 2", "not a JSON object"), (b"\ntai", "not a JSON object")]
+
     def test_lines_named_json_are_lines(self, tmp_path):
         assert read(write_lines(tmp_path / "a.json", [{"text": "一"}, {"text": "二"}])) == (["一", "二"], [])
 
@@ -111,7 +124,23 @@ class TestFormats:
         texts, faults = read(tmp_path / "a.parquet")
         assert texts == [f"题\n正文{n}" for n in range(6)]
         assert [(offset, reason[:18]) for _, offset, reason in faults] == [(6, "no text under any ")]
-        assert len(cut_into_units(list_files([Source("c", 1.0, (str(tmp_path),))]))) > 1
+        units = cut_into_units(list_files([Source("c", 1.0, (str(tmp_path),))]))
+        assert len(units) == 4
+        size = (tmp_path / "a.parquet").stat().st_size
+        assert size - 4 <= sum(unit.bytes for unit in units) <= size
+        for unit in units:
+            reader = Reader(unit, None, True)
+            positions = [reader.position for _ in reader]
+            assert max(*positions, reader.position) == unit.bytes
+
+    def test_a_bad_cell_of_parquet_is_one_fault(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1 << 16)
+        cells = ["一".encode(), b"\xff", "三".encode(), b"x" * (1 << 16) + b"x", "五".encode()]
+        text = pyarrow.array(cells, pyarrow.binary()).view(pyarrow.string())
+        parquet.write_table(pyarrow.table({"text": text}), tmp_path / "a.parquet")
+        texts, faults = read(tmp_path / "a.parquet")
+        assert texts == ["一", "三", "五"]
+        assert faults == [("a.parquet", 1, "not UTF-8"), ("a.parquet", 3, records.TOO_LONG)]
 
     def test_blank_lines_separate_documents_of_txt(self, tmp_path):
         (tmp_path / "a.txt").write_bytes("\ufeff\n\n　甲\r\n乙 \n\n \u3000\n\n丙\u2028丁\n".encode())
@@ -225,7 +254,24 @@ class TestFaults:
         (tmp_path / "a.jsonl").write_bytes(head + b'{"text": "' + b"x" * (1 << 18) + b'"}' + ending + tail)
         texts, faults = read(tmp_path / "a.jsonl")
         assert texts == (["a", "b"] if ending else ["a"])
-        assert faults == [("a.jsonl", len(head), "over 16 MiB")]
+        assert faults == [("a.jsonl", len(head), records.TOO_LONG)]
+
+    @pytest.mark.parametrize(("name", "line"), [("a.jsonl", b"x" * (1 << 19)), ("a.txt", b"x\n" * (1 << 18))])
+    def test_units_inside_one_record_do_not_read_on_to_its_end(self, tmp_path, monkeypatch, name, line):
+        monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1 << 14)
+        monkeypatch.setattr(files, "MIN_UNIT_BYTES", 1 << 14)
+        (tmp_path / name).write_bytes(line)
+        seen = Counter()
+
+        class Counted(io.FileIO):
+            def readline(self, size=-1):
+                content = super().readline(size)
+                seen["bytes"] += len(content)
+                return content
+
+        monkeypatch.setattr(records, "open_stream", lambda path, compression: Counted(path))
+        assert read(tmp_path / name) == ([], [(name, 0, records.TOO_LONG)])
+        assert seen["bytes"] < 4 * len(line)
 
     def test_a_gigantic_element_is_one_fault(self, tmp_path, monkeypatch):
         monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1 << 16)
@@ -233,13 +279,14 @@ class TestFaults:
         (tmp_path / "a.json").write_bytes(as_json(elements))
         texts, faults = read(tmp_path / "a.json")
         assert texts == ["a", "b", "c"]
-        assert [reason for *_, reason in faults] == ["over 16 MiB"]
+        assert [reason for *_, reason in faults] == [records.TOO_LONG]
 
-    def test_a_line_of_just_the_limit_is_kept(self, tmp_path):
-        text = "x" * (MAX_RECORD_BYTES - len('{"text": ""}\n'))
+    def test_a_line_of_just_the_limit_is_kept(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1 << 16)
+        text = "x" * (records.MAX_RECORD_BYTES - len('{"text": ""}\n'))
         texts, faults = read(write_lines(tmp_path / "a.jsonl", [{"text": text}, {"text": text + "x"}]))
         assert texts == [text]
-        assert [reason for *_, reason in faults] == ["over 16 MiB"]
+        assert [reason for *_, reason in faults] == [records.TOO_LONG]
 
     def test_a_document_of_txt_with_a_bad_line_is_left_out_whole(self, tmp_path):
         (tmp_path / "a.txt").write_bytes(LONG.encode() + b"\n\na\nb\xff\nc\xff\nd\n\ne\n\n\xff")
@@ -270,6 +317,12 @@ class TestEncodings:
         assert texts == [LONG] * 3
         assert [reason for *_, reason in faults] == ["not UTF-8"]
 
+    @pytest.mark.parametrize("before", [1, 2, 3])
+    def test_a_character_across_two_probes_tells_nothing(self, tmp_path, monkeypatch, before):
+        monkeypatch.setattr(files, "PROBE_BYTES", 1 << 8)
+        text = "x" * ((1 << 8) - len('{"text": "') - before) + "𠮷"
+        assert read(write_lines(tmp_path / "a.jsonl", [{"text": text}, {"text": "x" * 300}])) == ([text, "x" * 300], [])
+
     def test_an_encoding_is_looked_for_behind_ascii(self, tmp_path, monkeypatch):
         monkeypatch.setattr(files, "PROBE_BYTES", 1 << 12)
         lines = [b'{"text": "ascii only"}'] * 500 + [
@@ -291,10 +344,16 @@ def texts_of_lines() -> st.SearchStrategy:
 class TestProperties:
     @settings(max_examples=60, deadline=None, derandomize=True)
     @given(
-        texts=texts_of_lines(), encoding=st.sampled_from(["utf-8", "utf-8-sig"]), escape=st.booleans(), data=st.data()
+        texts=texts_of_lines(),
+        encoding=st.sampled_from(["utf-8", "utf-8-sig", "gb18030"]),
+        escape=st.booleans(),
+        data=st.data(),
     )
     def test_any_texts_come_back_from_any_container(self, tmp_path_factory, texts, encoding, escape, data):
         directory = tmp_path_factory.mktemp("any")
+        if encoding == "gb18030":
+            texts = [LONG, *texts]  # a few random characters may be valid in both encodings
+            escape = False
         lines = [json.dumps({"text": text}, ensure_ascii=escape) for text in texts]
         kind = data.draw(st.sampled_from(["jsonl", "json"]))
         content = ("\n".join(lines) if kind == "jsonl" else "[" + ",\n".join(lines) + "]").encode(encoding)
@@ -337,8 +396,9 @@ class TestInputs:
         (tmp_path / "b").mkdir()
         for name in ("b/z.txt", "b/a.jsonl.gz", "c.txt", "a.txt", "ignored.csv"):
             (tmp_path / name).write_text('{"text": "x"}')
-        source = Source("corpus", 1.0, (str(tmp_path), str(tmp_path / "a.txt")))
-        found = [str(Path(file.path).relative_to(tmp_path)) for file in list_files([source])]
+        source, said = Source("corpus", 1.0, (str(tmp_path), str(tmp_path / "a.txt"))), []
+        found = [str(Path(file.path).relative_to(tmp_path)) for file in list_files([source], said.append)]
+        assert [line.split(": ")[1][:22] for line in said] == ["1 files are left out, "]
         assert found == ["a.txt", "b/a.jsonl.gz", "b/z.txt", "c.txt"], "sorted, and none twice"
 
     def test_patterns_are_expanded(self, tmp_path):

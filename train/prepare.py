@@ -143,7 +143,7 @@ def tokenizer(
     _check_holdout(holdout)
     Tokenizer.check_vocab(vocab)
     others = {str(path): Tokenizer.load(path) for path in compare}
-    units = cut_into_units(list_files(_sources(inputs)))
+    units = cut_into_units(list_files(_sources(inputs), console.print))
     total = sum(unit.bytes for unit in units)
     options = Options(text_key=text_key, titles=titles, normalize=normalize, holdout=holdout)
     tasks = [(unit, options, SAMPLE_BYTES / max(total, 1)) for unit in units]

@@ -11,7 +11,6 @@ whole file of another kind. Units depend on the inputs alone, never on the numbe
 import codecs
 import glob
 import io
-import itertools
 import re
 import zlib
 from collections.abc import Callable
@@ -63,17 +62,16 @@ class File:
 
 @dataclass(frozen=True)
 class Unit:
-    """Bytes start .. stop of a file, or its row groups where it is parquet; stop None is the end."""
+    """Bytes start .. stop of a file, or its row groups where it is parquet; stop None is the end.
+
+    `bytes` of the file, compressed where it is, stand for the unit in progress bars and in the rates of samples.
+    """
 
     number: int
     file: File
     start: int
     stop: int | None
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the file that stand for it in progress bars."""
-        return self.file.bytes if self.stop is None or self.file.layout == "parquet" else self.stop - self.start
+    bytes: int
 
 
 def parse_source(argument: str) -> Source:
@@ -101,12 +99,15 @@ def merge_sources(sources: list[Source]) -> list[Source]:
     return list(merged.values())
 
 
-def list_files(sources: list[Source]) -> list[File]:
-    """Every file of every source, each once, in a fixed order. InputError for an input that is missing or no text."""
+def list_files(sources: list[Source], tell: Callable[[str], None] = print) -> list[File]:
+    """Every file of every source, each once, in a fixed order. InputError for an input that is missing or no text.
+
+    `tell` is given a line for each directory with files whose names say that they are none.
+    """
     files: dict[str, File] = {}
     for source in sources:
         for path in source.paths:
-            for found in _expand(path):
+            for found in _expand(path, tell):
                 if str(found) not in files:
                     files[str(found)] = probe(found, source)
     return list(files.values())
@@ -117,13 +118,16 @@ def _suffixed(path: Path) -> bool:
     return any(name.endswith(kind + compression) for kind in KINDS for compression in COMPRESSIONS)
 
 
-def _expand(path: str) -> list[Path]:
+def _expand(path: str, tell: Callable[[str], None]) -> list[Path]:
     names = [path] if Path(path).exists() else sorted(glob.glob(path, recursive=True))
     if not names:
         raise InputError(f"{path}: no such file or directory")
     found: list[Path] = []
     for name in map(Path, names):
-        inside = sorted(file for file in name.rglob("*") if _suffixed(file) and file.is_file())
+        everything = sorted(file for file in name.rglob("*") if file.is_file())
+        inside = [file for file in everything if _suffixed(file)]
+        if others := len(everything) - len(inside):
+            tell(f"{name}: {others:,} files are left out, whose names do not end in {', '.join(KINDS)} (.gz, .zst)")
         if name.is_dir() and not inside and len(names) == 1:
             raise InputError(f"{path}: expected {', '.join(KINDS)} files in this directory, found none")
         if not name.is_dir() and not _suffixed(name):
@@ -172,22 +176,27 @@ def _read(stream: BinaryIO, size: int) -> bytes:
 
 def _encoding_of(head: bytes, stream: BinaryIO) -> str | None:
     """Of the piece with the most bytes that are not ASCII, among those read until one has enough."""
-    sample, most = head, -1
-    for _ in range(MAX_PROBES):
+    sample, most, edges = head, -1, ""
+    for number in range(MAX_PROBES):
         foreign = len(head.translate(None, _ASCII))
         if foreign > most:
             sample, most = head, foreign
+            # where pieces are cut, so may be a character
+            edges = ("^@|" if number else "") + ("@$" if len(head) == PROBE_BYTES else "(?!)")
         if most >= ENOUGH_BYTES or len(head) < PROBE_BYTES:
             break
         head = _read(stream, PROBE_BYTES)
-    return next((name for name in ("utf-8", "gb18030") if 2 * _invalid_bytes(sample, name) <= most), None)
+    return next((name for name in ("utf-8", "gb18030") if 2 * _invalid_bytes(sample, name, edges) <= most), None)
 
 
 _ASCII = bytes(range(128))
 
 
-def _invalid_bytes(sample: bytes, encoding: str) -> int:
-    return len(re.findall("[\udc80-\udcff]", sample.decode(encoding, "surrogateescape")))
+def _invalid_bytes(sample: bytes, encoding: str, edges: str) -> int:
+    """`edges`: pattern of what is not counted, with @ for up to three invalid bytes."""
+    text = sample.decode(encoding, "surrogateescape")
+    text = re.sub(edges.replace("@", "[\udc80-\udcff]{1,3}"), "", text)
+    return len(re.findall("[\udc80-\udcff]", text))
 
 
 def _layout_of(path: Path, head: bytes) -> str:
@@ -208,31 +217,37 @@ def cut_into_units(files: list[File]) -> list[Unit]:
     units: list[Unit] = []
     for file in files:
         if file.layout in ("lines", "text") and not file.compression:
-            bounds = [*range(0, max(file.bytes, 1), size), None]
+            starts = range(0, max(file.bytes, 1), size)
+            pieces = [(start, min(size, file.bytes - start)) for start in starts]
         elif file.layout == "parquet":
-            bounds = _row_group_bounds(file, size)
+            pieces = _row_groups(file, size)
         else:
-            bounds = [0, None]
-        for start, stop in itertools.pairwise(bounds):
-            units.append(Unit(len(units), file, start, stop))
+            pieces = [(0, file.bytes)]
+        stops = [*(start for start, _ in pieces[1:]), None]
+        for (start, count), stop in zip(pieces, stops, strict=True):
+            units.append(Unit(len(units), file, start, stop, count))
     return units
 
 
-def _row_group_bounds(file: File, size: int) -> list[int | None]:
+def _row_groups(file: File, size: int) -> list[tuple[int, int]]:
+    """The first row group of each unit and the bytes of the file that the unit stands for."""
     from pyarrow import ArrowException, parquet
 
     try:
         with parquet.ParquetFile(file.path) as opened:
             groups = [opened.metadata.row_group(group).total_byte_size for group in range(opened.num_row_groups)]
     except (OSError, ArrowException):
-        return [0, None]  # whoever reads it reports it
-    bounds, filled = [0], 0
+        return [(0, file.bytes)]  # whoever reads it reports it
+    pieces, filled = [(0, 0)], 0
     for number, group in enumerate(groups):
         if filled >= size:
-            bounds.append(number)
+            pieces.append((number, 0))
             filled = 0
         filled += group
-    return [*bounds, None]
+        first, count = pieces[-1]
+        pieces[-1] = (first, count + group)
+    total = max(sum(groups), 1)
+    return [(first, file.bytes * count // total) for first, count in pieces]
 
 
 class _Inflated(io.RawIOBase):

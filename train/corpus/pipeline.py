@@ -75,7 +75,7 @@ class Job:
 
 def prepare(job: Job) -> Manifest:
     """Makes `job.out`, or goes on making it. Raises InputError where that does not fit what is there already."""
-    files = list_files(list(job.sources))
+    files = list_files(list(job.sources), console.print)
     _check_out(job, files)
     units = cut_into_units(files)
     chosen = Tokenizer.load(job.tokenizer) if job.tokenizer else None

@@ -3,7 +3,8 @@
 JSON records are objects; their text is under the key given, or under the first of TEXT_KEYS that holds text: a string,
 a list of strings, or MNBVC's list of paragraphs (those it marks as repeated are left out). Its question-and-answer
 records have two keys. A title is put before the text unless the text begins with it. In .txt files documents are
-separated by blank lines (CLUECorpus) and keep their line ends as "\\n".
+separated by blank lines (CLUECorpus) and keep their line ends as "\\n". A file that begins with "[" is read as arrays,
+whatever its name.
 
 Only "\\n" or "\\r\\n" end a line: U+2028, U+2029 and U+0085, at which Python's splitlines would cut, are text. Nothing
 is repaired or guessed at: a record that cannot be used is named with its file, offset (in bytes of the decompressed
@@ -11,6 +12,7 @@ file; in parquet the row) and the reason.
 """
 
 import codecs
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ TEXT_KEYS = ("text", "content", "段落", "data", "body", "raw_content", "内容
 TITLE_KEYS = ("title", "标题")
 QUESTION, ANSWER = "问", "答"
 PARAGRAPH, REPEATED = "内容", "是否重复"
-MAX_RECORD_BYTES = 16 << 20
+MAX_RECORD_BYTES = 4 << 20  # of a line, and of text: encoding takes up to 270 bytes of memory for each
 TOO_LONG = f"over {MAX_RECORD_BYTES >> 20} MiB"
 CUT = "cut off by the end of the file"
 PARQUET_ROWS = 256
@@ -83,11 +85,13 @@ class Reader:
             for offset, content in self._raw_lines(stream):
                 blank = content is not None and not self._is_text(content)
                 if skipping and not blank:
+                    if self._unit.stop is not None and offset >= self._unit.stop:
+                        return
                     continue
                 skipping = False
                 if blank:
                     if lines or fault:
-                        yield fault or Record(first, "\n".join(lines), None)
+                        yield fault or self._record(first, functools.partial("\n".join, lines))
                         lines, size, fault = [], 0, None
                     if self._unit.stop is not None and offset >= self._unit.stop:
                         return
@@ -104,7 +108,7 @@ class Reader:
                 if fault:
                     lines = []
         if lines or fault:
-            yield fault or Record(first, "\n".join(lines), None)
+            yield fault or self._record(first, functools.partial("\n".join, lines))
 
     def _is_text(self, content: bytes) -> bool:
         if content.isspace():
@@ -119,6 +123,8 @@ class Reader:
             offset -= 1
             while (piece := stream.readline(MAX_RECORD_BYTES)) and not piece.endswith(b"\n"):
                 offset += len(piece)
+                if self._unit.stop is not None and offset >= self._unit.stop:
+                    return  # all of it is inside one line
             offset += len(piece)
         begin = offset
         while content := stream.readline(MAX_RECORD_BYTES + 1):
@@ -156,9 +162,11 @@ class Reader:
             if not text.strip():
                 raise Unusable("empty text")
             try:
-                text.encode()
+                size = len(text.encode())
             except UnicodeEncodeError:  # JSON can spell half a surrogate pair, UTF-8 cannot
                 raise Unusable("lone surrogate") from None
+            if size > MAX_RECORD_BYTES:
+                raise Unusable(TOO_LONG)
             return Record(offset, text, None)
         except Unusable as error:
             return Record(offset, None, str(error))
@@ -177,9 +185,9 @@ class Reader:
         elif isinstance(record.get(QUESTION), str) and isinstance(record.get(ANSWER), str):
             text = f"{record[QUESTION]}\n{record[ANSWER]}"
         else:
-            texts = (_joined(record[key]) for key in TEXT_KEYS if key in record)
-            text = next((text for text in texts if text is not None), None)
-            if text is None:
+            texts = [text for key in TEXT_KEYS if (text := _joined(record.get(key))) is not None]
+            text = next((text for text in texts if text.strip()), "")
+            if not texts:
                 raise Unusable(f"no text under any of {', '.join(TEXT_KEYS)}")
         if self._titles and text.strip():
             title = next((record[key] for key in TITLE_KEYS if isinstance(record.get(key), str)), "").strip()
@@ -203,21 +211,36 @@ class Reader:
         from pyarrow import ArrowException, parquet
 
         try:
-            with parquet.ParquetFile(self._unit.file.path) as opened:
+            # buffered, a column is read bit by bit and not a row group at a time
+            with parquet.ParquetFile(self._unit.file.path, buffer_size=1 << 20, pre_buffer=False) as opened:
                 stop = opened.num_row_groups if self._unit.stop is None else self._unit.stop
                 wanted = {self._key, *TITLE_KEYS} if self._key else {*TEXT_KEYS, *TITLE_KEYS, QUESTION, ANSWER}
                 columns = [name for name in opened.schema_arrow.names if name in wanted]
                 if not columns:
                     raise Broken(f"no column of text among {', '.join(opened.schema_arrow.names)[:200]}")
-                row = sum(opened.metadata.row_group(group).num_rows for group in range(self._unit.start))
-                groups, rows, done = range(self._unit.start, stop), opened.metadata.num_rows, 0
+                rows = [opened.metadata.row_group(group).num_rows for group in range(stop)]
+                first = row = sum(rows[: self._unit.start])
+                groups = range(self._unit.start, stop)
                 for batch in opened.iter_batches(PARQUET_ROWS, row_groups=list(groups), columns=columns):
-                    for record in batch.to_pylist():
-                        yield self._record(row, lambda record=record: self._text_of(_present(record)))
-                        row, done = row + 1, done + 1
-                    self.position = self._unit.bytes * done // max(rows, 1)
-        except (ArrowException, UnicodeDecodeError) as error:
+                    for record in _rows(batch):
+                        if record is None:
+                            yield Record(row, None, "not UTF-8")
+                        else:
+                            yield self._record(row, lambda record=record: self._text_of(_present(record)))
+                        row += 1
+                    self.position = self._unit.bytes * (row - first) // (sum(rows) - first)
+        except ArrowException as error:
             raise Broken(f"damaged parquet: {' '.join(str(error).split())[:100]}") from None
+
+
+def _rows(batch) -> list[dict | None]:
+    """The rows of a pyarrow.RecordBatch, None for those whose text is not UTF-8."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        if len(batch) == 1:
+            return [None]
+        return [row for number in range(len(batch)) for row in _rows(batch.slice(number, 1))]
 
 
 def _present(record: dict) -> dict:
@@ -243,7 +266,9 @@ _NEXT_OBJECT = re.compile(r"\}\s*,\s*(?=\{)")
 
 
 def _elements(stream: BinaryIO, encoding: str) -> Iterator[tuple[int, str | Unusable]]:
-    """The elements of one JSON array and their offsets, in memory of one element; invalid bytes come as surrogates.
+    """The elements of JSON arrays and their offsets, in memory of one element; invalid bytes come as surrogates.
+
+    What follows an array is read on: further arrays, or objects, where the file has records line by line after all.
 
     Brackets are balanced outside strings to find where an element ends; whether it is JSON is for the caller to see.
     """
@@ -253,6 +278,7 @@ def _elements(stream: BinaryIO, encoding: str) -> Iterator[tuple[int, str | Unus
             raise Broken("expected a JSON array")
     scan = last = opening.end()  # where scanning goes on; where the last element ended
     start, depth, lost = last, 0, False  # where this one starts; how many brackets are open; whether its end is unknown
+    inside = True  # an array
     while True:
         if lost and (following := _NEXT_OBJECT.search(window.text)):
             window.drop(following.end())
@@ -267,8 +293,10 @@ def _elements(stream: BinaryIO, encoding: str) -> Iterator[tuple[int, str | Unus
                 start = token.start()
                 if window.text[last:start].strip(" \t\r\n,"):
                     yield window.offset_of(last), Unusable("not a JSON object")
-                if mark in "]}":
-                    return
+                if mark in "]}" or (mark == "[" and not inside):
+                    inside = mark == "["
+                    last = start = scan
+                    continue
             depth += (mark in "{[") - (mark in "}]")
             if depth == 0:
                 yield window.offset_of(start), window.text[start:scan]
@@ -282,7 +310,10 @@ def _elements(stream: BinaryIO, encoding: str) -> Iterator[tuple[int, str | Unus
         if lost:
             window.drop(max(0, len(window.text) - 64))
         if not window.read():
-            yield window.offset_of(0), Unusable(CUT)
+            if inside or depth or lost:
+                yield window.offset_of(0), Unusable(CUT)
+            elif window.text.strip():
+                yield window.offset_of(0), Unusable("not a JSON object")
             return
 
 
