@@ -13,7 +13,8 @@ from xiangxin_kernels._decode_gemv import _row_statistics
 from bench import roofline, sass, static, static_decode
 from bench.static_compile import Compiled, Job, compile_all, compile_job
 
-JOBS = [job for op in ("decode_block", "decode_head") for job in static.jobs_of(op) if "_32_int" not in job.case]
+JOBS = [job for op in ("decode_block", "decode_head") for job in static.jobs_of(op)]
+ATTENTION = [job for job in static.jobs_of("decode_attention") if job.arch == 90]
 
 
 @pytest.fixture(scope="module")
@@ -98,14 +99,45 @@ def test_dependent_launch_is_on_sm_90_alone(compiled):
         assert [opcodes.count("PREEXIT"), opcodes.count("ACQBULK")] == expected, job
 
 
+WEIGHT, BIAS = "LDG.E.EF.128", "LDG.E.U16"
+
+
+def _before_the_wait(opcodes: list[str]) -> set[str]:
+    """What touches memory before the kernel has waited for the one before; arguments and spills are a thread's own."""
+    touches = [
+        opcode for opcode in opcodes[: opcodes.index("ACQBULK")] if re.match(r"LD|ST|ATOM|RED|UBLKCP|UTMA", opcode)
+    ]
+    return {opcode for opcode in touches if not opcode.startswith(("LDC", "LDL", "STL"))}
+
+
+def test_what_another_kernel_writes_is_not_touched_before_the_wait(compiled):
+    """Weights and biases alone, which no kernel writes; attention, whose inputs all come of kernels, has none."""
+    for case, kernel in _of(compiled, 90, "").items():
+        opcodes = _opcodes(kernel)
+        allowed = set() if "norm" in case else {WEIGHT} if "project_out" in case else {WEIGHT, BIAS}
+        assert _before_the_wait(opcodes) == allowed, case
+        assert opcodes[: opcodes.index("ACQBULK")].count(BIAS) <= 4, case
+    for job, kernels in compile_all(ATTENTION).items():
+        assert _before_the_wait(_opcodes(kernels[0])) == set(), job
+
+
+@pytest.mark.parametrize("early", ["LDG.E.128", "STG.E", "ATOMG.E.ADD.STRONG.GPU", "RED.E.ADD.STRONG.GPU"])
+def test_an_access_before_the_wait_would_be_noticed(early):
+    assert _before_the_wait([WEIGHT, early, "ACQBULK", "STG.E.128"]) == {WEIGHT, early}
+
+
 def test_weights_are_under_way_before_the_kernel_waits_for_the_one_before(compiled):
-    """At least 40 KB on each SM of an H100, and none of them in use yet: nothing is stored to shared memory."""
-    for case, kernel in _of(compiled, 90, "_8").items():
-        if "int" in case.partition("_8")[2]:
+    """At least 40 KB on each SM of an H100, and none of them in use yet: nothing is stored to shared memory.
+
+    32 KB where the codes of a rounded weight meet 32 rows: two programs of those have an SM's registers.
+    """
+    for case, kernel in _of(compiled, 90, "").items():
+        if "norm" in case:
             continue
+        least = 32 if "_32_int" in case else 40
         opcodes, listing = _opcodes(kernel), sass.parse(kernel.sass)
         before = opcodes[: opcodes.index("ACQBULK")]
         resident = roofline.blocks_per_sm(90, kernel.threads, listing.registers, kernel.shared)
         blocks = min(resident, kernel.numbers["grid"] / roofline.REPORTED[90].sms)
         assert not [opcode for opcode in before if opcode.startswith(("STS", "BAR"))], case
-        assert before.count("LDG.E.EF.128") * 16 * kernel.threads * blocks >= 40 * 1024, case
+        assert before.count("LDG.E.EF.128") * 16 * kernel.threads * blocks >= least * 1024, case
