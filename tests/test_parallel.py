@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from tests import rank_jobs, ranks
 from tests.training import (
@@ -79,6 +80,28 @@ def test_loss_and_gradients_are_those_of_one_big_batch(place, tmp_path, one_big_
             for name, gradient in one["gradients"].items():
                 error = np.linalg.norm(gradient - expected[name]) / np.linalg.norm(expected[name])
                 assert error <= 1e-6, (size, replicas, micro_batch, name)
+
+
+def test_alone_on_a_gpu_gradients_are_not_copied_to_divide_them_by_one(place, tmp_path, one_big_batch):
+    """A mesh of one rank, as a single GPU has it: the same gradients, and as many divisions as without."""
+    config = config_of(place, tmp_path, batch=16, micro_batch=4)
+
+    def divisions(model, ranks):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            loop.accumulate_gradients(model, random_batch(ODD.vocab, rows=16, context=16), config, ranks)
+        return sum(event.name == "aten::div" for event in profile.events())
+
+    expected = divisions(Phi(ODD).init_weights(0), parallel.ALONE)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        alone = parallel.Ranks(mesh=init_device_mesh("cpu", (1,)))
+        model = parallel.shard(Phi(ODD).init_weights(0), alone)
+        assert divisions(model, alone) == expected
+    finally:
+        dist.destroy_process_group()
+    for name, parameter in model.named_parameters():
+        gradient, whole = parallel.local(parameter.grad).numpy(), one_big_batch[1][name]
+        assert np.linalg.norm(gradient - whole) <= 1e-6 * np.linalg.norm(whole), name
 
 
 def test_gradients_cross_the_ranks_once_a_step(place, tmp_path):

@@ -246,7 +246,8 @@ def shard(model: nn.Module, ranks: Ranks, compute: torch.dtype | None = None, *,
         # Each sums gradients, since the loss is divided by the valid targets of all ranks. The root's setting is its
         # own: on the root alone, the gradients of the blocks would come out divided by the number of ranks.
         module.set_force_sum_reduction_for_comms(True)
-        module.set_gradient_divide_factor(1.0)
+        if ranks.size > 1:  # alone there is nothing to divide by, and FSDP would divide by 1.0 into a copy
+            module.set_gradient_divide_factor(1.0)
     return model
 
 

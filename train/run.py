@@ -55,7 +55,9 @@ def command() -> None:
         main()
         return
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if not end.code:
+            raise
+        code = end.code if isinstance(end.code, int) else 1
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
     except BaseException:
