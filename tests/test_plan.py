@@ -142,6 +142,12 @@ def test_a_measured_forward_and_backward_stands_in_place_of_the_expected_one(tmp
     assert "forward and backward, measured" not in plan.step(Plan(gpu="A100-80G"), results)
 
 
+def test_resharding_gathers_once_more_in_every_backward():
+    assert Plan().micro_batches == 8
+    resharded = plan.step(Plan(reshard=True))["NVLink"].expected
+    assert resharded / plan.step(Plan())["NVLink"].expected == pytest.approx((2 * 9 + 4) / 6)
+
+
 def test_parameters_cross_nvlink_once_a_step_and_the_network_carries_shards():
     one_node = plan.step(Plan())
     assert one_node["NVLink"].expected == pytest.approx(6 * PHI.parameters * 7 / 8 / (200e9 * 0.8))
@@ -206,6 +212,16 @@ def test_eight_ranks_hold_a_micro_batch_of_eight_in_80_gb(eight_ranks):
 def test_parts_are_affine_in_the_number_of_layers(eight_ranks, accumulate):
     config = dataclasses.replace(TINY, channels=64, mlp_hidden=256, layers=5)
     assert eight_ranks.predict(config, 32, 2, accumulate) == eight_ranks.trace(config, 32, 2, accumulate)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_resharding_leaves_one_block_gathered_and_not_all(eight_ranks, accumulate):
+    config = dataclasses.replace(TINY, channels=64, mlp_hidden=256, layers=5)
+    whole, resharded = (eight_ranks.predict(config, 32, 2, accumulate, reshard) for reshard in (False, True))
+    assert whole[eight_ranks.GATHERED] > 2 * resharded[eight_ranks.GATHERED] > 0
+    assert whole[eight_ranks.SAVED] == resharded[eight_ranks.SAVED]
+    assert resharded == eight_ranks.trace(config, 32, 2, accumulate, True)
 
 
 @pytest.mark.interpreter

@@ -3,7 +3,8 @@
 The model is sharded over a process group of which only this rank exists, and makes the gradients of a batch as a run
 does; torch's FSDPMemTracker follows every storage. Under TRITON_INTERPRET=1 tensors on a CPU take the kernels' way,
 whose fake implementations allocate and keep what the kernels do. AdamW's moments are added by arithmetic. The layers
-being alike, each part is affine in their number (a test holds that to the byte), so that two short models are traced.
+being alike, each part is affine in their number (a test holds that to the byte), so that two short models are traced;
+with --reshard it is not, and all are.
 
 Not seen: what CUDA, NCCL and cuBLAS take for themselves, and fragmentation. `python train/plan.py` starts this file.
 """
@@ -48,17 +49,19 @@ class _Training(Phi):
         return Phi.loss(self, tokens, targets, segment_ids, reduction="sum")
 
 
-def trace(config: PhiConfig, T: int, micro_batch: int, accumulate: bool) -> dict[str, int]:
+def trace(config: PhiConfig, T: int, micro_batch: int, accumulate: bool, reshard: bool = False) -> dict[str, int]:
     """Bytes by part at the peak of a batch of one micro-batch of [micro_batch, T], or of two. In a `fake_group`."""
-    return snapshots(config, T, micro_batch, accumulate)["peak"]
+    return snapshots(config, T, micro_batch, accumulate, reshard)["peak"]
 
 
-def snapshots(config: PhiConfig, T: int, micro_batch: int, accumulate: bool) -> dict[str, dict[str, int]]:
+def snapshots(
+    config: PhiConfig, T: int, micro_batch: int, accumulate: bool, reshard: bool = False
+) -> dict[str, dict[str, int]]:
     """Bytes by part at the "peak", as `trace` gives them, and at the end of the last "forward"."""
     size, accumulated = torch.distributed.get_world_size(), 0
     ranks = parallel.Ranks(size=size, mesh=init_device_mesh("cpu", (size,)))
     with FakeTensorMode():
-        model = parallel.shard(_Training(config, "cpu", torch.float32), ranks, torch.bfloat16)
+        model = parallel.shard(_Training(config, "cpu", torch.float32), ranks, torch.bfloat16, reshard=reshard)
         moments = 2 * sum(parallel.local(p).nbytes for p in model.parameters())
         batch = [torch.zeros(micro_batch, T, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.int32)]
         tracker = FSDPMemTracker(model)
@@ -95,21 +98,26 @@ def _of(snapshot: dict) -> dict[str, int]:
 
 
 @functools.cache
-def predict(config: PhiConfig, T: int, micro_batch: int, accumulate: bool) -> dict[str, int]:
-    """`trace` of all the layers, from those of two short models."""
+def predict(config: PhiConfig, T: int, micro_batch: int, accumulate: bool, reshard: bool = False) -> dict[str, int]:
+    """`trace` of all the layers: from those of two short models, unless blocks are resharded.
+
+    The peak of those comes at one place of the backward with few layers and at another with many.
+    """
     few, more = TRACED_LAYERS
-    if config.layers <= more:
-        return trace(config, T, micro_batch, accumulate)
-    small, large = (trace(replace(config, layers=n), T, micro_batch, accumulate) for n in TRACED_LAYERS)
+    if reshard or config.layers <= more:
+        return trace(config, T, micro_batch, accumulate, reshard)
+    small, large = (trace(replace(config, layers=n), T, micro_batch, accumulate, reshard) for n in TRACED_LAYERS)
     return {part: small[part] + (config.layers - few) // (more - few) * (large[part] - small[part]) for part in small}
 
 
-def largest_micro_batch(config: PhiConfig, T: int, most: int, accumulate: bool, room: int) -> int:
+def largest_micro_batch(
+    config: PhiConfig, T: int, most: int, accumulate: bool, room: int, reshard: bool = False
+) -> int:
     """The most sequences, up to `most`, whose step is predicted to fit `room` bytes; 0 where not even one does."""
     fits, too_many = 0, most + 1
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        if sum(predict(config, T, middle, accumulate).values()) <= room:
+        if sum(predict(config, T, middle, accumulate, reshard).values()) <= room:
             fits = middle
         else:
             too_many = middle
@@ -127,14 +135,14 @@ def fake_group(ranks: int) -> Iterator[None]:
 
 
 def main() -> None:
-    """Reads {"model", "ranks", "T", "micro_batch", "most", "accumulate", "room"} from standard input; prints JSON."""
+    """Reads {"model", "ranks", "T", "micro_batch", "most", "accumulate", "room", "reshard"}; prints JSON."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         sys.exit("train/memory.py: expected TRITON_INTERPRET=1, which puts tensors without a GPU on the kernels' way")
     asked = json.load(sys.stdin)
     arguments = PhiConfig(**asked["model"]), asked["T"]
     with fake_group(asked["ranks"]):
-        parts = predict(*arguments, asked["micro_batch"], asked["accumulate"])
-        largest = largest_micro_batch(*arguments, asked["most"], asked["accumulate"], asked["room"])
+        parts = predict(*arguments, asked["micro_batch"], asked["accumulate"], asked["reshard"])
+        largest = largest_micro_batch(*arguments, asked["most"], asked["accumulate"], asked["room"], asked["reshard"])
     print(json.dumps({"parts": parts, "largest_micro_batch": largest}))
 
 

@@ -66,6 +66,8 @@ class Plan:
     """Price of one GPU for one hour, in any currency; without it no cost is shown."""
     link: float | None = None
     """GB/s that each GPU sends to other nodes while it receives as many; for more than 8 GPUs."""
+    reshard: bool = False
+    """Free a block's gathered parameters after its forward, as train/run.py --reshard does."""
     reserve: float = 6.0
     """GiB of each GPU that are left to CUDA, NCCL, cuBLAS and fragmentation, none of which is traced."""
 
@@ -204,8 +206,10 @@ def step(plan: Plan, results: Path = RESULTS) -> dict[str, Span]:
     # p, m, v read and written, the gradient read; clipping reads it and writes it anew
     parts["AdamW and clipping"] = kernels.traffic((28 + 12) * share)
     # Once a step, parameters are gathered in bf16 and gradients scattered in fp32; nodes add up each shard of them.
+    # With --reshard each backward gathers anew: what it leaves gathered serves the next forward.
+    gathered = 1 + times if plan.reshard else 1
     if plan.gpus > 1:
-        parts["NVLink"] = Span((2 + 4) * (P - share) / (GPUS[plan.gpu].nvlink / 2 * LINK_SHARE), 0.0)
+        parts["NVLink"] = Span((2 * gathered + 4) * (P - share) / (GPUS[plan.gpu].nvlink / 2 * LINK_SHARE), 0.0)
     if plan.link is not None:
         nodes = plan.gpus // GPUS_PER_NODE
         parts["between nodes"] = Span(2 * 4 * share * (nodes - 1) / nodes / (plan.link * 1e9), 0.0)
@@ -240,6 +244,7 @@ def memory(plan: Plan) -> dict:
         "micro_batch": plan.micro_batch,
         "most": plan.batch // plan.gpus,
         "accumulate": plan.micro_batches > 1,
+        "reshard": plan.reshard,
         "room": int(GPUS[plan.gpu].memory - plan.reserve * GIB),
     }
     done = subprocess.run(
