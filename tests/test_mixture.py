@@ -170,7 +170,12 @@ def test_source_can_be_added_to_a_run_from_a_sample_on_and_the_past_cannot_be_ch
     added = write(place, (0, {"shards": 1}), (32, {"shards": 0.5, "maths": 0.5}), name="added.json")
     longer = dataclasses.replace(config, data=added, steps=12)
     assert train(longer).finished
-    assert [event["sample"] for event in events_of(config, "start")] == [0, 32]
+    first, second = events_of(config, "start")
+    assert (first["sample"], second["sample"]) == (0, 32)
+    assert first["epochs"] == {"shards": 0.0}
+    assert second["epochs"] == {"shards": 32 / len(Mixture(place / "shards", CONTEXT, seed=1)), "maths": 0.0}
+    seen = events_of(config, "finish")[-1]["epochs"]
+    assert 0 < seen["maths"] < seen["shards"] + 1
     straight = dataclasses.replace(longer, out=tmp_path / "straight")
     train(dataclasses.replace(straight, resume="never"))
     assert [step for step, *_ in losses_of(longer)] == list(range(1, 13))

@@ -143,7 +143,10 @@ class _Run:
         for reason in start.rejected:
             self.log.event("rejected", self.position.step, reason=reason)
         path = start.path and str(start.path)
-        self.log.event("start", self.position.step, ranks=ranks.size, checkpoint=path, sample=self.position.sample)
+        self.log.event(
+            "start", self.position.step, ranks=ranks.size, checkpoint=path, sample=self.position.sample,
+            epochs=self.data.epochs(self.position.sample),
+        )  # fmt: skip
         self.saver = Saver(config.out / "checkpoints", config.keep, ranks, watchdog.progress)
         self.saved = self.position.step  # where the newest checkpoint was begun
         self.unsaved = 0  # in a row
@@ -196,7 +199,7 @@ class _Run:
         self._finish_saving()
         with self.watchdog.patient():
             self._export(out)
-        self.log.event("finish", step)
+        self.log.event("finish", step, epochs=self.data.epochs(self.position.sample))
         return Outcome(step, True, out, self.ranks.rank)
 
     def _stand_at(self, position) -> None:

@@ -19,6 +19,7 @@ A record is one optimizer step, or one validation; all values are numbers (loss 
     val_loss                    of a validation, whose records have only this, step, tokens and progress
 An event is something that happens rarely: {"event": kind, "step", "time" (ISO 8601, UTC), ...}. Kinds: start, save,
 save_failed, rejected, skip, spike, rewind, replicas, stop, finish. They stay in events.jsonl when a run is resumed.
+Of a start and of the finish, `epochs` is how often each source has been seen.
 Of a skip, `ranks` had losses that were not finite; `parts` are those whose part of the summed gradient was not, which
 says where in the model it was and, with finite losses, not which rank it came from.
 """
