@@ -13,6 +13,7 @@ from .cases import CASES, SHAPES
 from .runner import with_gradients
 
 REPEATS = 250
+LEAST_S = 5.0  # of a sanitizer
 
 
 def _results(case: Case, shape: Shape, device: torch.device, dtype: torch.dtype):
@@ -58,7 +59,7 @@ def sanitize(work, tool: str) -> None:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=max(work.left / 2 if tool == "memcheck" else work.left, 5.0),
+            timeout=max(work.left / 2 if tool == "memcheck" else work.left, LEAST_S),
         )
     except subprocess.TimeoutExpired as error:
         print(error.stdout)

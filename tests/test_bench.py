@@ -1,6 +1,5 @@
 """The benches: what they count, that nothing wrong gets a number, and that a GPU run survives what its sections do."""
 
-import json
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import xiangxin_kernels
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench.__main__ as command_line
-from bench import gpu, gpu_sections, report
+from bench import budget, gpu, gpu_sections, races, static
 from bench.case import Case, Shape, make_inputs
 from bench.cases import CASES, SHAPES, TINY
 from bench.measure import DeviceLost, interleaved
@@ -21,8 +20,6 @@ from bench.numerics import compare
 from bench.peers import PEERS, reference
 from bench.races import parse_sanitizer
 from bench.runner import run_case
-from bench.tables import train_table
-from xiangxin_fast.errors import InputError
 from xiangxin_fast.reference import PhiReference
 
 CPU = torch.device("cpu")
@@ -352,85 +349,39 @@ def test_sanitizer_summaries_are_understood():
     assert parse_sanitizer("========= Error: Device not supported\n") == (None, [])
 
 
-README = "# Title\n" + "".join(f"<!-- bench:begin {n} -->\nold\n<!-- bench:end {n} -->\ntext\n" for n in report.BLOCKS)
+SANITIZER = """#!/bin/sh
+echo "$*" >> {calls}
+echo "$PYTORCH_NO_CUDA_MEMORY_CACHING" >> {calls}
+echo "ran layer_norm"
+echo "========= ERROR SUMMARY: 2 errors"
+[ "$2" = memcheck ] && [ {hang} -gt 0 ] && exec sleep {hang}
+exit 7
+"""
 
 
-@pytest.fixture
-def measured(tmp_path) -> tuple[Path, Path]:
-    """A README with markers, and a directory of results that a GPU run was added to."""
-    run, results, readme = tmp_path / "run", tmp_path / "results", tmp_path / "README.md"
-    run.mkdir()
-    facts = {
-        "device": "NVIDIA X100",
-        "capability": "9.0",
-        "date": "2026-01-02T03:04:05Z",
-        "torch": "2",
-        "commit": "abc",
-    }
-    gpu.append(run / gpu.RESULTS, {"kind": "environment"} | facts)
-    gpu.append(run / gpu.RESULTS, {"kind": "ceilings", "copy_bytes_per_s": 4e12, "matmul_flops_per_s": 8e14})
-    for provider, ms in (("ours", 2.0), ("slow", 9.0), ("fast", 3.0)):
-        about = {"kind": "time", "op": "attention", "shape": "B=8", "dtype": "bfloat16", "mode": "fwd"}
-        figures = {"ms": ms, "p20": ms, "p80": ms, "tflops": 600 / ms, "gbs": 800 / ms, "percent": 50.0}
-        extra = {"provider": provider, "implementation": "kernels", "ratio": 0.5}
-        gpu.append(run / gpu.RESULTS, about | figures | extra)
-    assert report.add(run, results).name == "gpu-nvidia-x100-2026-01-02T0304.jsonl"
-    readme.write_text(README)
-    return readme, results
+@pytest.mark.parametrize("hangs", [False, True])
+def test_the_sanitizer_section_reads_what_the_tool_says_and_stops_one_that_hangs(tmp_path, monkeypatch, hangs):
+    tool, calls = tmp_path / "bin" / "compute-sanitizer", tmp_path / "calls"
+    tool.parent.mkdir()
+    tool.write_text(SANITIZER.format(calls=calls, hang=60 if hangs else 0))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(races, "LEAST_S", 0.5)
+    gpu_sections.SECTIONS["sanitizer"](gpu_sections.Work("sanitizer", tmp_path, 1.5, dry_run=True))
+    found = [(r["tool"], r["errors"], r["exit_code"], r["finished"]) for r in records_of(tmp_path, "sanitizer")]
+    assert found == [(name, 2, 7, ["layer_norm"]) for name in ("memcheck", "racecheck")[hangs:]]
+    stopped = [(r["item"], r["reason"]) for r in records_of(tmp_path, "error")]
+    assert stopped == ([("memcheck", "not finished after 1 s")] if hangs else [])
+    lines = calls.read_text().splitlines()
+    assert lines[0] == f"--tool memcheck --target-processes all {sys.executable} -m bench.races"
+    assert lines[1::2] == ["1", "1"]
 
 
-def test_report_writes_the_tables_from_the_results_and_knows_when_they_are_stale(measured):
-    readme, results = measured
-    picture = "gpu-nvidia-x100-2026-01-02T0304-attention.png"
-    assert report.stale(readme, results) == ["README.md, gpu", "README.md, cpu", "README.md, demo", picture]
-    report.write(readme, results)
-    assert report.stale(readme, results) == []
-    text = readme.read_text()
-    assert "| attention | B=8 | fwd | 2 ms | 300 TFLOP/s | 50% | fast, 3 ms | 1.50x |" in text
-    assert text.startswith("# Title\n")
-    assert text.count("text\n") == 3
-    assert "old" not in text
-    readme.write_text(text.replace("300 TFLOP/s", "400 TFLOP/s"))
-    assert report.stale(readme, results) == ["README.md, gpu"]
-    file = next(results.glob("*.jsonl"))
-    report.write(readme, results)
-    file.write_text(file.read_text() + "\n")
-    assert report.stale(readme, results) == [picture]
-    report.write(readme, results)
-    (results / "gpu-of-no-run.png").touch()
-    assert report.stale(readme, results) == ["gpu-of-no-run.png"]
-
-
-def test_report_says_what_is_not_measured(tmp_path):
-    for build in report.BLOCKS.values():
-        assert "not yet measured" in build(tmp_path).lower()
-
-
-def test_report_refuses_a_run_without_a_gpu(tmp_path):
-    gpu.append(tmp_path / gpu.RESULTS, {"kind": "environment", "device": "a CPU", "date": "2026-01-02T03:04:05Z"})
-    with pytest.raises(InputError, match="expected a run on a GPU, got one on a CPU"):
-        report.add(tmp_path, tmp_path / "results")
-
-
-def test_report_of_the_cpu_chain(tmp_path):
-    where = {"environment": {"device": "CPU", "torch": "2", "commit": "abc", "date": "2026"}}
-    both = {"xiangxin_fast": {"median_s": 0.2}, "transformers": {"median_s": 0.5}}
-    generate = {"dtype": "bfloat16", "parameters": 10, "prompt_tokens": 32, "decode": both, "peer_dtype": "bfloat16"}
-    (tmp_path / "cpu-generate-avx2.json").write_text(json.dumps(where | {"results": [generate]}))
-    losses = {"unigram_loss": 7.0, "validation_loss": 5.5, "steps": 9, "minutes": 5, "held_out_tokens": 100}
-    (tmp_path / "cpu-demo.json").write_text(json.dumps(where | {"results": [losses]}))
-    assert "| decode after 32 tokens | bfloat16 | 0.200 s | 0.500 s | 2.50x |" in report.cpu_block(tmp_path)
-    assert "| lower by | 1.500 |" in report.demo_block(tmp_path)
-
-
-def test_readme_and_pictures_are_those_of_the_result_files():
-    assert report.stale() == [], "run: python -m bench.report"
-
-
-def test_training_compares_a_peer_with_ours_of_the_same_round():
-    """Drift between rounds must not enter the ratio."""
-    common = {"kind": "train", "micro_batch": 8, "T": 2048, "ms": 1.0, "p20": 1.0, "p80": 1.0}
-    speeds = (("ours", 300.0), ("peer", 200.0), ("ours", 150.0), ("peer", 120.0))
-    table = train_table([common | {"provider": provider, "tokens_per_s": speed} for provider, speed in speeds])
-    assert [row[-1] for row in table.rows] == ["", "1.50x", "", "1.25x"]
-    assert {len(row) for row in table.rows} == {len(table.header)}
+def test_the_static_command_prints_a_table_and_keeps_its_rows(tmp_path, capsys):
+    file = tmp_path / "static.json"
+    assert static.main(["--only", "layer_norm", "--arch", "80", "--json", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"layer_norm/{way}" in printed for way in ("fwd", "bwd"))
+    recorded, kept = budget.load(), budget.load(file)
+    assert kept.keys() == {key for key in recorded if key.startswith("layer_norm") and "sm_80" in key}
+    assert budget.violations(list(kept.values()), recorded) == []

@@ -77,11 +77,45 @@ def test_a_forced_config_reaches_the_launcher_and_leaves_no_trace():
     assert case.module.choose_cross_entropy is before
 
 
+def test_the_command_sweeps_what_compiles_well_and_prints_it_fastest_first(monkeypatch, capsys):
+    compiled, swept = [], []
+
+    def examine(jobs, workers, progress):
+        compiled.extend(jobs)
+        return {job: CompileError("it died") if job.case.endswith("bwd") and job.config else [ROW] for job in jobs}
+
+    def sweep(case, configs, seconds, dry_run):
+        swept.append((case, configs, seconds, dry_run))
+        return [tune.Result(config, 2.0 - i, 1.0, 3.0) for i, config in enumerate(configs)]
+
+    monkeypatch.setattr(tune.static, "examine", examine)
+    monkeypatch.setattr(tune, "sweep", sweep)
+    tune.main(["--dry-run", "--op", "layer_norm"])
+    forward, backward = (tune.candidates(f"layer_norm/{way}", 80)[:2] for way in ("fwd", "bwd"))
+    assert [job.config for job in compiled] == [*forward, *backward]
+    settings = (tune.DRY_RUN_S, True)
+    assert swept == [("layer_norm/fwd", forward, *settings), ("layer_norm/bwd", backward[:1], *settings)]
+    printed = capsys.readouterr().out
+    block_c = dict(forward[1])["block_c"]
+    assert printed.index(f"(block_c={block_c}") < printed.index("(chosen now)  # measured 2000.0 us (1000.0-3000.0)")
+    assert ": it died" in printed
+    assert printed.rstrip().endswith("comment included.")
+
+
 @pytest.mark.slow
-def test_dry_run_judges_and_times_in_the_interpreter():
-    results = tune.sweep("layer_norm/fwd", tune.candidates("layer_norm/fwd", 80)[:2], tune.DRY_RUN_S, True)
-    assert [r.config for r in results] == tune.candidates("layer_norm/fwd", 80)[:2]
-    assert all(r.median > 0 for r in results), results
+def test_a_dry_run_compiles_judges_and_times_in_the_interpreter(capsys):
+    tune.main(["--dry-run", "--op", "layer_norm"])
+    printed = capsys.readouterr().out
+    assert printed.count("(chosen now)  # measured") == 2
+    assert "died" not in printed
+
+
+def test_the_command_wants_a_gpu_or_a_dry_run(monkeypatch, capsys):
+    monkeypatch.setattr(tune.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        tune.main([])
+    message = "error: bench.tune: expected a CUDA device, got none; --dry-run needs none\n"
+    assert (end.value.code, capsys.readouterr().err) == (2, message)
 
 
 def test_configs_pass_the_process_boundary_unchanged():
