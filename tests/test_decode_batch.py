@@ -7,6 +7,8 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.hf import random_model
 from tests.test_generate import PHI_2, prompts_of
@@ -134,7 +136,50 @@ class TestGraphs:
         assert len(captured) == 3
 
 
+class _Looks(TorchDispatchMode):
+    """Notes the operators whose result has a size, or is a number, that only the device knows."""
+
+    OPERATORS = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "unique",
+        "repeat_interleave",
+        "is_nonzero",
+        "equal",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.overloadpacket.__name__
+        by_mask = name.strip("_").startswith("index") and any(
+            isinstance(t, torch.Tensor) and t.dtype in (torch.bool, torch.uint8) for t in tree_leaves(args[1])
+        )
+        if by_mask or name.strip("_").startswith(self.OPERATORS):
+            self.found.append(name)
+        return operator(*args, **kwargs or {})
+
+
 class TestSteps:
+    @pytest.mark.parametrize(
+        "look",
+        [
+            lambda t: t[t > 1],
+            lambda t: t.masked_select(t > 1),
+            lambda t: t.index_put_((t > 1,), t[:1]),
+            torch.nonzero,
+            lambda t: t[0].item(),
+            torch.unique,
+        ],
+    )
+    def test_a_look_would_be_noticed(self, look):
+        with _Looks() as inside:
+            look(torch.arange(3))
+        assert inside.found
+
     def test_a_step_looks_at_no_value(self, model, monkeypatch):
         """On a GPU each look would be a wait. The model's decode is the kernels' business, and left out."""
         batch = DecodeBatch(model, 4, 64, 131)
@@ -147,8 +192,9 @@ class TestSteps:
         for name in ("item", "tolist", "__int__", "__bool__", "__float__", "__index__", "nonzero", "cpu", "numpy"):
             plain = getattr(torch.Tensor, name)
             monkeypatch.setattr(torch.Tensor, name, lambda *a, plain=plain, name=name: looks.append(name) or plain(*a))
-        batch._advance(torch.tensor([0, 1]))
-        assert looks == []
+        with _Looks() as inside:
+            batch._advance(torch.tensor([0, 1]))
+        assert looks == inside.found == []
         torch.zeros(1).item()
         assert looks == ["item"]
 
