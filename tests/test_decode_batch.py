@@ -140,7 +140,7 @@ class _Looks(TorchDispatchMode):
     """Notes the operators whose result has a size, or is a number, that only the device knows."""
 
     OPERATORS = (
-        "_local_scalar_dense",
+        "local_scalar_dense",
         "nonzero",
         "masked_select",
         "unique",
