@@ -265,16 +265,16 @@ def test_rank_whose_first_does_not_come_says_so(monkeypatch):
     for name, value in (settings | {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}).items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(InputError, match=f"expected rank 0 at 127.0.0.1:{store.port} within 1 s, got: ") as error:
-        parallel.join(timeout=1.0)
+        parallel.join(timeout=0.6)
     assert (error.value.to_tell, "\n" in str(error.value)) == (True, False)
     with pytest.raises(InputError) as error:
-        parallel.join(timeout=1.0)
+        parallel.join(timeout=0.6)
     assert error.value.to_tell is False, "one of those who wait speaks for all"
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     monkeypatch.setenv("MASTER_PORT", str(port))
     with pytest.raises(InputError, match=f"expected rank 0 at 127.0.0.1:{port} within 1 s, got: ") as error:
-        parallel.join(timeout=1.0)
+        parallel.join(timeout=0.6)
     assert (error.value.to_tell, "\n" in str(error.value)) == (True, False)
 
 

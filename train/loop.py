@@ -95,7 +95,7 @@ def _out_of_memory(error: torch.OutOfMemoryError, config: TrainConfig, ranks: Ra
     sentences = " ".join(str(error).split()).split(". ")
     return InputError(
         f"training: expected room for --micro-batch {config.micro_batch} on rank {ranks.rank}, got: "
-        f"{'. '.join(sentences[:2])}: lower --micro-batch or give --reshard; "
+        f"{'. '.join(sentences[:2])}: lower --micro-batch{'' if config.reshard else ' or give --reshard'}; "
         "python train/run.py --plan predicts what fits"
     )
 
