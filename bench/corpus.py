@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
+from train.corpus.records import MAX_RECORD_BYTES
+
 LEXICON = 30_000
 CHARACTERS = "".join(map(chr, range(0x4E00, 0x4E00 + 3500)))
 MARKS = ("，", "，", "，", "。", "。", "、", "；", "！", "？", "：")
@@ -132,9 +134,12 @@ class Maker:
 
 
 def write_corpus(
-    directory: Path, megabytes: float, seed: int = 1, copies: float = KINDS["exact copy"]
+    directory: Path, megabytes: float, seed: int = 1, copies: float = KINDS["exact copy"], gigantic: bool = True
 ) -> dict[str, int]:
-    """Writes the corpus in equal parts of every format, and returns what was planted. `copies`: share of exact ones."""
+    """Writes the corpus in equal parts of every format, and returns what was planted.
+
+    `copies`: share of exact ones. `gigantic`: with a line of 17 MiB, and a text that is almost as long as one may be.
+    """
     maker = Maker(seed, copies)
     documents = maker.documents()
     corpus, benchmark = directory / "corpus", directory / "benchmark"
@@ -155,6 +160,8 @@ def write_corpus(
     writers = (_web, _arrays, _paragraphs, _zstd, _books, _gb18030, _parquet)
     for write in writers:
         write(corpus, take(megabytes * 1e6 / len(writers)), maker)
+    if gigantic:
+        _gigantic(corpus, maker)
     planted = dict(sorted(maker.planted.items()))
     (directory / "planted.json").write_text(json.dumps(planted, indent=2) + "\n")
     return planted
@@ -165,16 +172,21 @@ def _json(record: dict) -> bytes:
 
 
 def _web(corpus: Path, texts: Iterator[str], maker: Maker) -> None:
-    """SkyPile's lines, among them what no reader of JSON can use and one line of 17 MiB."""
+    """SkyPile's lines, among them what no reader of JSON can use."""
     with (corpus / "web.jsonl").open("wb") as stream:
         for number, text in enumerate(texts):
             if number % 200 == 7:
                 stream.write(BAD_LINES[number // 200 % len(BAD_LINES)] + b"\n")
                 maker.planted["unusable line"] += 1
             stream.write(_json({"text": text}) + b"\n")
-            if number == 500:
-                stream.write(b'{"text": "' + b"x" * (17 << 20) + b'"}\n')
-                maker.planted["unusable line"] += 1
+
+
+def _gigantic(corpus: Path, maker: Maker) -> None:
+    longest = "".join(maker.words(MAX_RECORD_BYTES // 5)).encode()[: MAX_RECORD_BYTES - 64].decode("utf-8", "ignore")
+    lines = b'{"text": "' + b"x" * (17 << 20) + b'"}', _json({"text": longest})
+    (corpus / "gigantic.jsonl").write_bytes(b"\n".join(lines))
+    maker.planted["unusable line"] += 1
+    maker.planted["clean"] += 1
 
 
 def _arrays(corpus: Path, texts: Iterator[str], maker: Maker) -> None:

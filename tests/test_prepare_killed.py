@@ -6,12 +6,13 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from bench.corpus import write_corpus
-from tests.test_prepare import ROOT, article, bytes_of, write_jsonl
+from tests.test_prepare import ROOT, article, bytes_of, directory_in_memory, write_jsonl
 from train.shards import Manifest
 from xiangxin_fast.tokenizer import Tokenizer
 
@@ -49,6 +50,12 @@ print(code, deaths)
 """
 
 
+@pytest.fixture
+def in_memory(tmp_path) -> Iterator[Path]:
+    with directory_in_memory(tmp_path) as directory:
+        yield directory
+
+
 def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
 
@@ -59,20 +66,20 @@ def assert_same(straight: Path, killed: Path) -> None:
     assert [name for name in expected if expected[name] != found[name]] == []
 
 
-def test_killed_at_changes_of_any_file_the_bytes_are_the_same(tmp_path):
+def test_killed_at_changes_of_any_file_the_bytes_are_the_same(in_memory):
     rng = random.Random(3)
     texts = [article(seed, 120) for seed in range(40)]
     texts += [*rng.choices(texts, k=6), *(text[:50] + "新" + text[50:] for text in texts[:6]), "短"]
-    write_jsonl(tmp_path / "a.jsonl", [*({"text": text} for text in texts), b"{"])
-    (tmp_path / "gsm8k.jsonl").write_text(json.dumps({"question": texts[3][:60], "answer": "1"}) + "\n")
+    write_jsonl(in_memory / "a.jsonl", [*({"text": text} for text in texts), b"{"])
+    (in_memory / "gsm8k.jsonl").write_text(json.dumps({"question": texts[3][:60], "answer": "1"}) + "\n")
     command = [sys.executable, "-c", AT_A_CHANGE]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=in_memory, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     code, deaths = map(int, done.stdout.split()[-2:])
     assert code == 0, "killed again and again it never ends" if code == -signal.SIGKILL else done.stderr
     assert deaths >= 20
-    assert len(Manifest.load(tmp_path / "straight").splits["train"].shards) >= 2
-    assert_same(tmp_path / "straight", tmp_path / "killed")
+    assert len(Manifest.load(in_memory / "straight").splits["train"].shards) >= 2
+    assert_same(in_memory / "straight", in_memory / "killed")
 
 
 KILLS = 5
@@ -81,9 +88,6 @@ KILLS = 5
 AT_A_RESULT = """
 import os, random, sys, time
 from pathlib import Path
-from train import prepare
-from train.corpus import tokens
-tokens.MIN_SHARD_BYTES = 1 << 20
 corpus, out, tokenizer, workers, limit = sys.argv[1:]
 main = int(os.environ.setdefault("MAIN", str(os.getpid())))
 results = 0
@@ -97,9 +101,12 @@ def audit(event, arguments):
         os.kill(main, 9)
         os.kill(os.getpid(), 9)
 sys.addaudithook(audit)
-if __name__ == "__main__":
-    options = {"tokenizer": Path(tokenizer), "benchmarks": (Path(corpus, "benchmark"),), "workers": int(workers)}
-    prepare.shards([Path(corpus, "corpus")], out=Path(out), **options)
+if __name__ == "__main__":  # workers import what they need; nobody the command line, which takes its time
+    from train.corpus import clean, files, pipeline, tokens
+    tokens.MIN_SHARD_BYTES = 1 << 20
+    sources = (files.Source("corpus", 1.0, (f"{corpus}/corpus",)),)
+    options = clean.Options(benchmarks=(f"{corpus}/benchmark",))
+    pipeline.prepare(pipeline.Job(sources, options, tokenizer, None, Path(out), int(workers)))
     print(results)
 """
 
@@ -126,8 +133,8 @@ def same_after_kills(directory: Path, megabytes: float) -> None:
     assert_same(directory / "straight", directory / "killed")
 
 
-def test_20_mb_with_one_process_and_with_two_killed_five_times(tmp_path):
-    same_after_kills(tmp_path, 20)
+def test_20_mb_with_one_process_and_with_two_killed_five_times(in_memory):
+    same_after_kills(in_memory, 20)
 
 
 @pytest.mark.slow
