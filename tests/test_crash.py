@@ -210,9 +210,16 @@ def test_what_cannot_be_deleted_stops_nothing(place, tmp_path, monkeypatch):
     assert train(settings(place, tmp_path / "run", keep=2)).finished
 
 
-def test_killed_rank_ends_the_others_and_is_named(place, tmp_path):
+@pytest.mark.parametrize("signalled", [False, True])
+def test_killed_rank_ends_the_others_and_is_named(place, tmp_path, signalled):
+    """Also when torchrun asks the others to stop while they find out who is gone."""
     config = settings(place, tmp_path / "run", steps=100_000, batch=3, timeout=30.0)
-    ended = ranks.start(3, rank_jobs.waiting_at, config, 4, 1, "dies", tmp_path, stderr=tmp_path).wait(60)
+    started = ranks.start(3, rank_jobs.waiting_at, config, 4, 1, "dies", tmp_path, stderr=tmp_path)
+    started.processes[1].join(60)
+    time.sleep(0.3)
+    for rank in (0, 2) if signalled else ():
+        started.kill(rank, signal.SIGTERM)
+    ended = started.wait(60)
     pid = (tmp_path / "rank1").read_text()
     assert ended[1].code == -signal.SIGKILL
     told = [f"{ended[rank].error} {(tmp_path / f'rank{rank}.err').read_text()}" for rank in (0, 2)]

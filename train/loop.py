@@ -68,26 +68,26 @@ def train(config: TrainConfig) -> Outcome:
     ranks = parallel.join(config.timeout, config.replicas)
     watchdog = Watchdog(ranks, config.timeout)
     watchdog.start()
-    try:
-        with stop_signals() as stop:
+    with stop_signals() as stop:  # to the end: when a rank has died, torchrun signals those who are to say which
+        try:
             outcome = _Run(config, ranks, watchdog, stop).go()
-    except torch.OutOfMemoryError as error:
-        shortage = _out_of_memory(error, config, ranks)
-        shortage.to_tell = parallel.first_to_say(RankLost.__name__, ranks.store)  # the others would tell it, too
-        watchdog.leave(f"{type(shortage).__name__}: {shortage}")
-        raise shortage from None
-    except BaseException as error:
-        lost = watchdog.explain() if isinstance(error, RuntimeError) else None
-        watchdog.leave(str(lost) if lost else f"{type(error).__name__}: {' '.join(str(error).split())}")
-        if isinstance(lost or error, RankLost):
-            (lost or error).to_tell = parallel.first_to_say(RankLost.__name__, ranks.store)
-        elif isinstance(error, InputError):
-            error.to_tell = parallel.first_to_say(str(error), ranks.store)
-        if lost:
-            raise lost from error
-        raise
-    watchdog.leave()
-    parallel.leave(ranks)
+        except torch.OutOfMemoryError as error:
+            shortage = _out_of_memory(error, config, ranks)
+            shortage.to_tell = parallel.first_to_say(RankLost.__name__, ranks.store)  # the others would tell it, too
+            watchdog.leave(f"{type(shortage).__name__}: {shortage}")
+            raise shortage from None
+        except BaseException as error:
+            lost = watchdog.explain() if isinstance(error, RuntimeError) else None
+            watchdog.leave(str(lost) if lost else f"{type(error).__name__}: {' '.join(str(error).split())}")
+            if isinstance(lost or error, RankLost):
+                (lost or error).to_tell = parallel.first_to_say(RankLost.__name__, ranks.store)
+            elif isinstance(error, InputError):
+                error.to_tell = parallel.first_to_say(str(error), ranks.store)
+            if lost:
+                raise lost from error
+            raise
+        watchdog.leave()
+        parallel.leave(ranks)
     return outcome
 
 
