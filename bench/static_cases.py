@@ -11,13 +11,11 @@ The launch itself (arguments, grid, warps) is taken from the launcher, so that w
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
 from xiangxin_kernels._tuning import (
     ARCHS,
-    AttentionConfig,
     CrossEntropyConfig,
     GemmConfig,
     LayerNormConfig,
@@ -26,6 +24,7 @@ from xiangxin_kernels._tuning import (
 
 from bench import static_checks
 from bench.cases import Shape
+from bench.static_attention import attention, attention_heads
 from bench.static_case import Arguments, Case, Work, kernel_file
 from bench.static_decode import decode_attention, decode_block, decode_head
 
@@ -68,105 +67,6 @@ def layer_norm(s: Shape) -> list[Case]:
             lambda t: module._layer_norm_bwd(*(t[n] for n in bwd)),
             Work(bytes=N * (8 * C + 8), trips=lambda a: (N,)),
         ),
-    ]
-
-
-def _attention_candidates(rows: dict[int, list[tuple[int, ...]]]) -> dict[int, tuple[AttentionConfig, ...]]:
-    return {arch: tuple(AttentionConfig(*row) for row in configs) for arch, configs in rows.items()}
-
-
-ATTENTION_CANDIDATES = {
-    "fwd": _attention_candidates({
-        80: [(128, 64, 4, 3, 8, 32), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 2),
-             (64, 64, 4, 3),
-             (64, 128, 4, 2), (128, 32, 4, 3), (128, 32, 8, 3), (128, 128, 8, 2)],
-        90: [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (64, 128, 4, 2), (64, 64, 4, 2),
-             (64, 64, 4, 3), (128, 32, 8, 3)],
-    }),
-    "bwd_dq": _attention_candidates({
-        80: [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 32, 4, 2), (64, 32, 4, 2), (128, 32, 8, 2)],
-        90: [(128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 128, 4, 2)],
-    }),
-    "bwd_dkv": _attention_candidates({
-        80: [(64, 64, 4, 2), (32, 64, 4, 2), (32, 128, 8, 2), (64, 128, 8, 2), (32, 128, 4, 2), (64, 64, 4, 3)],
-        90: [(64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 2), (128, 128, 8, 2), (32, 128, 8, 2)],
-    }),
-}  # fmt: skip
-
-
-def attention(s: Shape) -> list[Case]:
-    """The op with rotary embedding; "block": parallel_block's backward, which rotates pairs back and sums columns;
-    "packed": forward and backward of the block with documents, as long as the sequence where work is counted."""
-    B, T, H, D, R = s.B, s.T, s.config.heads, s.config.head_dim, s.config.rotary_dim
-    module, scale = kernel_file("attention"), s.config.head_dim**-0.5
-    rows = ("q", "k", "v", "out", "copy", "dout", "dq", "dk", "dv")
-    pairs, tensor_bytes = B * H * T * (T + 1) // 2, 2 * B * T * H * D
-
-    def tensors(new: Callable[..., Tensor]) -> dict[str, Tensor]:
-        return (
-            {name: new(B, T, H, D) for name in rows}
-            | {name: new(B, H, T, dtype=torch.float32) for name in ("lse", "delta")}
-            | {name: new(T, R // 2, dtype=torch.float32) for name in ("cos", "sin")}
-            | {"dq_sums": new(B * T // 16, H, D, dtype=torch.float32)}
-            | {"dkv_sums": new(2, B * T // 16, H, D, dtype=torch.float32)}
-            | {"bounds": new(2, B, T, dtype=torch.int32)}
-        )
-
-    def forward(t: dict[str, Tensor], variant: str) -> None:
-        bounds = t["bounds"] if variant == "packed_" else None
-        module._attention_fwd(t["q"], t["k"], t["v"], None, None, bounds, t["out"], t["copy"], t["lse"], scale, 0)
-
-    def backward(t: dict[str, Tensor], variant: str) -> None:
-        names = ("q", "k", "v", "out", "dout", "lse", "cos", "sin")
-        bounds = t["bounds"] if variant == "packed_" else None
-        written = [t[name] for name in ("dq", "dk", "dv", "delta")]
-        sums = (t["dq_sums"], t["dkv_sums"]) if variant else (None, None)
-        module._attention_bwd(*(t[n] for n in names), bounds, *written, *sums, scale, bool(variant))
-
-    def by_query_tile(a: Arguments) -> tuple[int, int]:
-        full = [(start + 1) // a["BLOCK_N"] for start in range(0, T, a["BLOCK_M"])]
-        ends = [min(start + a["BLOCK_M"], T) for start in range(0, T, a["BLOCK_M"])]
-        keys = [end - n * a["BLOCK_N"] for end, n in zip(ends, full, strict=True)]
-        diagonal = sum(math.ceil(n / a.get("DIAGONAL_N", a["BLOCK_N"])) for n in keys)
-        return B * H * sum(full), B * H * diagonal
-
-    def by_key_tile(a: Arguments) -> tuple[int, int]:
-        diagonal = full = 0
-        for start in range(0, T, a["BLOCK_N"]):
-            end = min(math.ceil((start + a["BLOCK_N"] - 1) / a["BLOCK_M"]), math.ceil(T / a["BLOCK_M"]))
-            diagonal += end - start // a["BLOCK_M"]
-            full += math.ceil(T / a["BLOCK_M"]) - end
-        return B * H * diagonal, B * H * full
-
-    def case(variant: str, part: str, launch: Callable, products: int, moved: int, trips: Callable) -> Case:
-        def loops(a: Arguments) -> tuple[int, ...]:
-            if not a["DOCUMENTS"]:
-                return trips(a)
-            return (*trips(a), 0) if part == "bwd_dkv" else (0, *trips(a))
-
-        return Case(
-            name=f"attention/{variant}{part}",
-            module=module,
-            chooser="choose_attention",
-            tensors=tensors,
-            launch=partial(launch, variant=variant),
-            work={
-                f"_attention_{part}_kernel": Work(
-                    bytes=moved * tensor_bytes, flops=2 * products * pairs * D, trips=loops
-                )
-            },
-            candidates={} if variant else ATTENTION_CANDIDATES[part],
-        )
-
-    return [
-        case(variant, *about)
-        for about in (
-            ("fwd", forward, 2, 5, by_query_tile),
-            ("bwd_dq", backward, 3, 6, by_query_tile),
-            ("bwd_dkv", backward, 4, 6, by_key_tile),
-        )
-        for variant in ("", "block_", "packed_")
-        if (variant, about[0]) != ("block_", "fwd")
     ]
 
 
@@ -354,6 +254,7 @@ def check_attention(s: Shape) -> list[Case]:
 OPS: dict[str, Callable[[Shape], list[Case]]] = {
     "layer_norm": layer_norm,
     "attention": attention,
+    "attention_heads": attention_heads,
     "cross_entropy": cross_entropy,
     "gemm": gemm,
     "decode_attention": decode_attention,

@@ -80,24 +80,34 @@ _ATTENTION = {
     ("bwd_dq", 90): AttentionConfig(block_m=128, block_n=128, num_warps=8, num_stages=2),
     ("bwd_dkv", 90): AttentionConfig(block_m=64, block_n=128, num_warps=8, num_stages=2),
 }
-# static: D of 96 and 128, where four warps would spill
-_ATTENTION_WIDE_HEAD = {
+# static: heads of other dims, tiles whose loops spill in none of the variants of bench.static_attention
+_ATTENTION_64 = _ATTENTION | {
+    ("fwd", 80): AttentionConfig(block_m=128, block_n=32, num_warps=4, num_stages=2),
+}
+_ATTENTION_96 = {
     ("fwd", 80): AttentionConfig(block_m=128, block_n=64, num_warps=8, num_stages=2, diagonal_n=32),
     ("bwd_dq", 80): AttentionConfig(block_m=128, block_n=32, num_warps=8, num_stages=2),
-    ("bwd_dkv", 80): AttentionConfig(block_m=32, block_n=128, num_warps=8, num_stages=2),
+    ("bwd_dkv", 80): AttentionConfig(block_m=32, block_n=128, num_warps=8, num_stages=3),
     ("fwd", 90): AttentionConfig(block_m=128, block_n=128, num_warps=8, num_stages=2),
     ("bwd_dq", 90): AttentionConfig(block_m=128, block_n=64, num_warps=8, num_stages=2),
     ("bwd_dkv", 90): AttentionConfig(block_m=64, block_n=128, num_warps=8, num_stages=2),
 }
+_ATTENTION_128 = _ATTENTION_96 | {
+    ("bwd_dkv", 80): AttentionConfig(block_m=16, block_n=128, num_warps=8, num_stages=1),
+    ("bwd_dkv", 90): AttentionConfig(block_m=64, block_n=128, num_warps=8, num_stages=3),
+}
 # fp32 products run on the FMA pipes, where small tiles keep the accumulators in registers.
-_ATTENTION_FP32 = AttentionConfig(block_m=32, block_n=32, num_warps=4, num_stages=2)
+_ATTENTION_FP32 = AttentionConfig(block_m=16, block_n=32, num_warps=4, num_stages=2)
+_ATTENTION_128_FP32 = AttentionConfig(block_m=16, block_n=16, num_warps=4, num_stages=2)
 
 
 def choose_attention(kernel: str, D: int, dtype: torch.dtype, arch: int) -> AttentionConfig:
     """`kernel` is "fwd", "bwd_dq" or "bwd_dkv"."""
     if dtype == torch.float32:
-        return _ATTENTION_FP32
-    return (_ATTENTION if D <= 80 else _ATTENTION_WIDE_HEAD)[kernel, arch]
+        return _ATTENTION_FP32 if D <= 96 else _ATTENTION_128_FP32
+    if D <= 64:
+        return _ATTENTION_64[kernel, arch]
+    return {80: _ATTENTION, 96: _ATTENTION_96, 128: _ATTENTION_128}[D][kernel, arch]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 from xiangxin_kernels import attention, attention_ref
 
 from tests.conftest import INTERPRET
@@ -36,6 +37,7 @@ def pairwise() -> Iterator:
 
 @pytest.mark.parametrize(("T", "D", "R", "dtype", "tiles", "packed"), list(pairwise()))
 def test_holds_the_numerics_rule(T, D, R, dtype, tiles, packed, monkeypatch):
+    """pytorch#138522, #193893, cudnn-frontend#160: what SDPA picks by default was wrong; the reference calls none."""
     if tiles != "chosen":
         use_tiles(monkeypatch, *tiles)
     B, H = (2, 2) if T <= 2 else (1, 1)
@@ -91,6 +93,7 @@ def test_packed_documents_do_not_see_each_other(segment_ids, tiles, monkeypatch)
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_one_token_to_a_document(dtype, monkeypatch):
+    """pytorch#41508, #103963, #109517, mlx#2608, transformers#38690: NaN from rows that see no key; here a tile's."""
     use_tiles(monkeypatch, 16, 16)
     inputs = problem(20, R=0, dtype=dtype) | {"segment_ids": torch.arange(20)[None]}
     check_op(attention, attention_ref, inputs, wrt=QKV, name="attention")
@@ -103,6 +106,7 @@ def test_one_token_to_a_document(dtype, monkeypatch):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("q_start", "T", "S"), [(0, 5, 40), (1, 1, 2), (16, 16, 32), (37, 20, 70), (69, 1, 70)])
 def test_queries_from_the_middle(q_start, T, S, packed, dtype, monkeypatch):
+    """pytorch#108108, #144858, executorch#21749: SDPA's is_causal counts queries from the first key, not q_start."""
     use_tiles(monkeypatch, 16, 16)
     inputs = problem(S, B=2, dtype=dtype) | {"segment_ids": documents(2, S) if packed else None}
     # What the reference makes of q_start: the rows of a full forward.
@@ -114,15 +118,42 @@ def test_queries_from_the_middle(q_start, T, S, packed, dtype, monkeypatch):
     assert torch.allclose(exact, whole[:, q_start : q_start + T], rtol=0, atol=1e-12)
 
 
-# Phi-2's q and k reach a few hundred, where fp16 scores overflow (transformers#28163, mlc-llm#1870).
+def same_delta_ref(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor) -> list[Tensor]:
+    """dq, dk from delta = sum(out * dout) of that very `out`, as the kernels take it in 16 bits; no documents."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    qw, kw, vw, outw, doutw = (x.to(wide) for x in (q, k, v, out, dout))
+    T, scale = q.shape[1], q.shape[-1] ** -0.5
+    s = torch.einsum("bthd,bshd->bhts", qw, kw) * scale
+    p = s.masked_fill(~module.visible_keys(T, T, 0, None, q.device), -math.inf).softmax(dim=-1)
+    delta = (outw * doutw).sum(-1).transpose(1, 2)[..., None]
+    ds = (p * (torch.einsum("bthd,bshd->bhts", doutw, vw) - delta)).to(q.dtype).to(wide)
+    dq, dk = torch.einsum("bhts,bshd->bthd", ds, kw), torch.einsum("bhts,bthd->bshd", ds, qw)
+    return [(x * scale).to(q.dtype) for x in (dq, dk)]
+
+
 def test_large_q_and_k_in_bf16():
+    """transformers#28163, mlc-llm#1870: Phi-2's q and k reach a few hundred, where fp16 scores overflow."""
     inputs = problem(65, dtype=torch.bfloat16)
     for name in ("q", "k"):
         inputs[name] = (inputs[name] * 300 / inputs[name].abs().max()).to(torch.bfloat16)
     check_op(attention, attention_ref, inputs, wrt=("v",), name="attention")
-    # Every row is one-hot, so that dq and dk are 0 but for rounding.
     _, grads = run_with_grads(attention, inputs, QKV, [inputs["v"]])
     assert all(grad.isfinite().all() for grad in grads.values())
+
+
+@pytest.mark.interpreter
+def test_gradients_of_large_q_and_k_in_bf16():
+    """Every row is one-hot, so that dq and dk would be 0 but for rounding, unless its key comes twice."""
+    inputs = problem(65, R=0, dtype=torch.bfloat16)
+    for name in ("q", "k"):
+        inputs[name] = (inputs[name] * 300 / inputs[name].abs().max()).to(torch.bfloat16)
+    inputs["k"][:, 1::2] = inputs["k"][:, :-1:2]
+    dout = inputs["v"].flip(1)
+    (out,), grads = run_with_grads(attention, inputs, QKV, [dout])
+    given = [*(inputs[name] for name in QKV), out, dout]
+    plain, exact = same_delta_ref(*given), same_delta_ref(*(x.double() for x in given))
+    for name, *tensors in zip("qk", (grads["q"], grads["k"]), plain, exact, strict=True):
+        assert_no_worse_than_torch(*tensors, what=f"attention.d{name} of large q, k")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -132,8 +163,8 @@ def test_scores_past_the_range_of_fp16_stay_finite(dtype):
     assert attention(**inputs).isfinite().all()
 
 
-# Several equal maxima in a row and values of one sign: rounding with a bias blew up a training (arXiv 2510.04212).
 def test_no_bias_where_rows_have_several_equal_maxima(monkeypatch):
+    """arXiv 2510.04212: with values of one sign, rounding with a bias there blew up a training."""
     use_tiles(monkeypatch, 16, 16)
     inputs = problem(64, R=0, dtype=torch.bfloat16)
     inputs["k"] = inputs["k"][:, :1].expand(-1, 64, -1, -1).contiguous()
@@ -141,8 +172,8 @@ def test_no_bias_where_rows_have_several_equal_maxima(monkeypatch):
     check_op(attention, attention_ref, inputs, wrt=("v",), name="attention")
 
 
-# cuDNN was wrong for T % 128 == 64 with lse < -88.7 (pytorch#196678).
 def test_scores_all_far_below_zero(monkeypatch):
+    """pytorch#196678: cuDNN was wrong for T % 128 == 64 with lse < -88.7."""
     use_tiles(monkeypatch, 16, 16)
     inputs = problem(49, R=0)
     inputs["q"], inputs["k"] = 4 + inputs["q"].abs(), -4 - inputs["k"].abs()
@@ -179,9 +210,9 @@ def test_nan_reaches_the_gradients_torch_lets_it_reach(name, monkeypatch):
     assert rows[0][20 : 21 if name == "q" else None].all()
 
 
-# What flash-attn once got wrong: keys past the end, not masked, made NaN in dq when q and k were large.
 @pytest.mark.parametrize("T", [1, 2, 5, 17, 47])
 def test_nothing_past_the_end_is_read_into_a_result(T, monkeypatch):
+    """flash-attn's test_flash_attn_bwd_overflow: keys past the end, not masked, made NaN in dq when q, k were large."""
     use_tiles(monkeypatch, 16, 32)
     given = problem(T)
     padded = {name: torch.full((2, T + 40, 1, 80), math.nan) for name in QKV}

@@ -6,6 +6,7 @@ import triton
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
 from xiangxin_kernels import attention
+from xiangxin_kernels._tuning import ARCHS
 
 from bench import sass, static, static_compile
 from tests.kernels.attention_inputs import module, problem
@@ -85,3 +86,16 @@ def test_tiles_arrive_by_asynchronous_copies_16_bytes_wide_in_the_64_wide_part()
                 wide = sum(i.opcode == "LDGSTS.E.BYPASS.128" for i in loop) * compiled.threads * 16
                 both = 2 * rows * 64 * 2  # k and v, or q and dout, in 16 bits
                 assert wide >= both, f"{job}: {wide} of {both} bytes by 16-byte asynchronous copies"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("head", ["attention/", "attention_heads/128_"])
+def test_loops_of_fp32_do_not_spill(head, arch, monkeypatch):
+    """Its products are FMAs, which no limit of the compile gate is about."""
+    monkeypatch.setattr(triton.runtime.driver, "_active", None)
+    monkeypatch.setitem(static_compile.DTYPES, "fp32", torch.float32)
+    for part in PLAIN:
+        (compiled,) = static_compile.compile_job(static_compile.Job(head + part, arch, "fp32"))
+        inside = [i for loop in sass.loops(sass.parse(compiled.sass).instructions) for i in loop]
+        assert not [i.opcode for i in inside if i.base in ("STL", "LDL")], part

@@ -306,6 +306,7 @@ def test_opcheck(packed, rotated):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiles_as_one_graph_without_copies(packed):
+    """pytorch#136550: torch.compile of a user's Triton kernel gave other results than eager."""
     inputs = problem(9, H=2)
     leaves = [inputs[name].requires_grad_() for name in QKV]
     segment_ids = documents(1, 9, mean=4) if packed else None
