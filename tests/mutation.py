@@ -332,8 +332,8 @@ MUTATIONS = [
     _corpus(
         "the last copy is kept",
         "duplicates.py",
-        "documents[order][1:][copies]",
-        "documents[order][:-1][copies]",
+        "documents[order][1:][again]",
+        "documents[order][:-1][again]",
         "corpus_stages: TestDuplicates",
     ),
     _corpus(

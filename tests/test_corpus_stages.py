@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import random
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +176,20 @@ class TestDuplicates:
         expected = [KEPT, KEPT, EXACT, KEPT, EXACT, EXACT]
         assert find_duplicates(texts, tmp_path) == expected
         assert find_duplicates(texts, tmp_path, cut=1) == expected
+
+    def test_memory_is_not_that_of_the_copies(self, tmp_path):
+        """Half a million equal documents: under 20 bytes for each, 8 of them the answer."""
+        count, parts = 1 << 16, 8
+        hashes, places = tmp_path / "hashes.npy", tmp_path / "places.npy"
+        np.save(hashes, np.full((1, count), 5, np.uint64))
+        np.save(places, np.arange(count, dtype=np.uint32)[None])
+        segments = [Segment(str(hashes), str(places), 7 + part * count, count) for part in range(parts)]
+        tracemalloc.start()
+        found = duplicates.later_copies(segments, 0, 0, 2**64 - 1)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert found.tolist() == list(range(8, parts * count + 7))
+        assert peak < 20 * parts * count
 
     def test_near_copies_go_and_different_pages_stay(self, pages, tmp_path, monkeypatch):
         copies = [page[:60] + "（转载）" + page[63:] for page in pages[:50]]

@@ -252,7 +252,15 @@ class TestDamage:
         with pytest.raises(InputError, match="found no manifest"):
             TokenDataset(copied, "train", CONTEXT, 0)
 
-    @examples(150)
+    @pytest.mark.parametrize("weight", [10**400, 0, -1, "1", True, None], ids=lambda weight: str(weight)[:4])
+    def test_a_weight_that_is_none_is_refused(self, copied, weight):
+        content = json.loads((copied / "manifest.json").read_bytes())
+        content["sources"]["corpus"]["weight"] = weight
+        (copied / "manifest.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match="expected a weight over 0"):
+            Manifest.load(copied)
+
+    @examples(100)
     @given(draw=st.data())
     def test_any_one_change_of_the_manifest_is_an_input_error_or_harmless(self, prepared, tmp_path_factory, draw):
         directory = tmp_path_factory.getbasetemp()

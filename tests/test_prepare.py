@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gzip
 import json
 import os
 import random
@@ -375,6 +376,46 @@ class TestCommand:
         figures = [float(line.split(": ")[1].split()[0]) for line in lines if "tokens per character" in line]
         assert len(figures) == 2
         assert 0.4 < figures[1] < figures[0] < 3
+
+    def test_a_sample_of_compressed_text_is_cut_to_size_and_still_even(self, tmp_path, monkeypatch):
+        texts = [article(seed, 100) for seed in range(200)]
+        lines = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+        (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+        limit = sum(len(text.encode()) for text in texts) // 8
+        monkeypatch.setattr(prepare, "SAMPLE_BYTES", limit)
+        learned, train = [], Tokenizer.train
+        monkeypatch.setattr(Tokenizer, "train", lambda texts, vocab: learned.extend(texts) or train(texts, vocab))
+        prepare.tokenizer([tmp_path / "a.jsonl.gz"], out=tmp_path / "t", vocab=300, holdout=0, workers=1)
+        assert limit * 0.9 < sum(len(text.encode()) for text in learned) <= limit
+        assert min(map(texts.index, learned)) < 60
+        assert max(map(texts.index, learned)) >= 140, "the sample is of the beginning only"
+        assert learned == sorted(learned, key=texts.index)
+
+    def test_stats_of_many_sources_fit_a_narrow_terminal(self, tokenizer_dir, tmp_path, monkeypatch, capsys):
+        names = [f"source-{letter}" for letter in "abcdefgh"]
+        for name in names:
+            write_jsonl(tmp_path / f"{name}.jsonl", [{"text": article(100 * ord(name[-1]) + n, 40)} for n in range(12)])
+        inputs = [f"{name}:2.5={tmp_path / name}.jsonl" for name in names]
+        prepare.shards(inputs, out=tmp_path / "out", tokenizer=tokenizer_dir, holdout=0.3, workers=1)
+        manifest = Manifest.load(tmp_path / "out")
+        capsys.readouterr()
+        monkeypatch.setenv("COLUMNS", "80")
+        prepare.stats(tmp_path / "out")
+        rows = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
+        for split in SPLITS:
+            for name in names:
+                shards = [shard for shard in manifest.splits[split].shards if shard.source == name]
+                counted = [f"{sum(getattr(shard, field) for shard in shards):,}" for field in ("documents", "tokens")]
+                assert not shards or [name, split, "2.5", *counted] in [row[:5] for row in rows]
+        for split in SPLITS:
+            lengths = [int(row[-1]) for row in rows if row[1:2] == [split] and row[3:4] == ["to"]]
+            assert sum(lengths) == manifest.splits[split].documents
+
+    @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"sources": {"a": {"records": "x"}}}', '{"sources": 1}'])
+    def test_a_report_that_is_none_is_one_line(self, tmp_path, content):
+        (tmp_path / "report.json").write_text(content)
+        with pytest.raises(InputError, match=r"report\.json: expected"):
+            prepare._tell_report(tmp_path / "report.json")
 
     def test_no_process_needs_torch(self):
         code = "import sys, train.prepare; sys.exit('torch' in sys.modules)"

@@ -22,7 +22,6 @@ if not __package__:  # run as a file: Python has put train/ first, whose modules
     sys.path[:1] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "kernels")]
 
 import functools
-import json
 import os
 import tempfile
 import warnings
@@ -36,11 +35,12 @@ from rich.table import Table
 from train.corpus.clean import Options
 from train.corpus.files import Source, cut_into_units, list_files, merge_sources, parse_source
 from train.corpus.pipeline import Job, prepare
-from train.corpus.sample import SAMPLE_BYTES, sample_unit
+from train.corpus.sample import SAMPLE_BYTES, sample_unit, thinned
 from train.corpus.workers import console, progress, run
-from train.shards import SPLITS, Manifest, Shard
+from train.shards import MAX_MANIFEST_BYTES, SPLITS, Manifest, Shard
 from xiangxin_fast.config import PRESETS
 from xiangxin_fast.errors import InputError, exits_cleanly, one_line_complaints
+from xiangxin_fast.strict_files import read_json
 from xiangxin_fast.tokenizer import Tokenizer
 
 Inputs = tyro.conf.Positional[list[str]]
@@ -78,7 +78,7 @@ def shards(
         normalize: NFC, line ends, no zero-width or control characters
         filters: leave out documents that are short, not Chinese, repetitive, mis-decoded or mostly of a page's frame
         exact_duplicates: of equal documents keep the first
-        near_duplicates: of similar documents keep the first (MinHash)
+        near_duplicates: of similar documents, equal ones among them, keep the first (MinHash)
         benchmarks: files or directories of benchmarks; documents that hold one of their items are left out
         holdout: fraction of the documents that becomes the validation split
         holdout_files: files or directories that are the validation split, instead of a fraction
@@ -149,7 +149,7 @@ def tokenizer(
     tasks = [(unit, options, SAMPLE_BYTES / max(total, 1)) for unit in units]
     with tempfile.TemporaryDirectory() as directory:
         sampled = run("sample", sample_unit, tasks, total, 0, _count(workers), Path(directory))
-    learned, held_out = ([text for parts in sampled for text in parts[i]] for i in (0, 1))
+    learned, held_out = (thinned([text for parts in sampled for text in parts[i]], SAMPLE_BYTES) for i in (0, 1))
     if not learned:
         raise InputError(f"expected text in {inputs[0]} and what follows it, found no usable record")
     console.print(f"learning {vocab:,} tokens from {sum(map(len, learned)):,} characters")
@@ -198,46 +198,44 @@ def stats(directory: Directory, /) -> None:
         directory: made by prepare.py
     """
     manifest = Manifest.load(directory)
-    columns = [
-        (name, split)
-        for split in SPLITS
-        for name in manifest.sources
-        if any(shard.source == name for shard in manifest.splits[split].shards)
-    ]
-    own = {
-        (name, split): [n for n, shard in enumerate(manifest.splits[split].shards) if shard.source == name]
-        for name, split in columns
-    }
-    table = Table("", *(f"{split}: {name}" for name, split in columns))
-    records = [[manifest.splits[split].shards[n] for n in own[name, split]] for name, split in columns]
-    documents, tokens = ([sum(getattr(r, field) for r in rs) for rs in records] for field in ("documents", "tokens"))
-    characters, text_bytes = (
-        [getattr(manifest.sources[name], field).get(split, 0) for name, split in columns]
-        for field in ("characters", "text_bytes")
-    )
-    table.add_row("weight", *(f"{manifest.sources[name].weight:g}" for name, _ in columns))
-    for label, values in (("documents", documents), ("tokens", tokens), ("characters", characters)):
-        table.add_row(label, *(f"{value:,}" for value in values))
-    for label, sizes in (("characters per token", characters), ("bytes per token", text_bytes)):
-        table.add_row(label, *(f"{size / max(count, 1):.3f}" for size, count in zip(sizes, tokens, strict=True)))
-    lengths = [_lengths(directory, manifest, split, own[name, split]) for name, split in columns]
-    for power in np.flatnonzero(sum(lengths)):
-        table.add_row(
-            f"documents of {1 << power - 1:,} to {(1 << power) - 1:,} tokens", *(f"{n[power]:,}" for n in lengths)
-        )
-    Console().print(table)
+    table = Table("source", "split", *("weight", "documents", "tokens", "characters per token", "bytes per token"))
+    lengths = Table("source", "split", "tokens in a document", "documents")
+    for split in SPLITS:
+        for name, source in manifest.sources.items():
+            own = [n for n, shard in enumerate(manifest.splits[split].shards) if shard.source == name]
+            if not own:
+                continue
+            records = [manifest.splits[split].shards[n] for n in own]
+            documents, tokens = (sum(getattr(r, field) for r in records) for field in ("documents", "tokens"))
+            ratios = [sizes.get(split, 0) / max(tokens, 1) for sizes in (source.characters, source.text_bytes)]
+            figures = (f"{source.weight:g}", f"{documents:,}", f"{tokens:,}", *(f"{ratio:.3f}" for ratio in ratios))
+            table.add_row(name, split, *figures)
+            counts = _lengths(directory, manifest, split, own)
+            for power in np.flatnonzero(counts):
+                span = f"{1 << power - 1:,} to {(1 << power) - 1:,}"
+                lengths.add_row(name, split, span, f"{counts[power]:,}")
+    for one in (table, lengths):
+        for column in one.columns:
+            column.overflow = "fold"  # nothing is left out, however narrow the terminal
+        Console().print(one)
     _tell_report(directory / "report.json")
 
 
 def _tell_report(file: Path) -> None:
     if not file.exists():
         return
-    for name, source in json.loads(file.read_bytes())["sources"].items():
-        kept = source["kept"]
-        print(f"{name}: {source['records']:,} records in {source['files']:,} files, {kept['documents']:,} kept")
-        for stage, reasons in {"rejected": source["rejected"], **source["dropped"]}.items():
-            for reason, entry in reasons.items():
-                print(f"  {stage}: {entry['documents']:,} {reason}")
+    lines = []
+    try:
+        for name, source in read_json(file, MAX_MANIFEST_BYTES)["sources"].items():
+            records, files, kept = source["records"], source["files"], source["kept"]["documents"]
+            lines.append(f"{name}: {records:,} records in {files:,} files, {kept:,} kept")
+            for stage, reasons in {"rejected": source["rejected"], **source["dropped"]}.items():
+                lines += [f"  {stage}: {entry['documents']:,} {reason}" for reason, entry in reasons.items()]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{file}: expected the report of prepare.py, got {type(error).__name__}: {error}") from None
+    print("\n".join(lines))
 
 
 def _lengths(directory: Path, manifest: Manifest, split: str, numbers: list[int]) -> np.ndarray:

@@ -21,6 +21,7 @@ import itertools
 import os
 import re
 import struct
+import sys
 import zlib
 from array import array
 from dataclasses import asdict, dataclass, field
@@ -151,7 +152,7 @@ def _sha256(value: object) -> str:
 
 def _source(content: dict) -> SourceRecord:
     weight = content["weight"]
-    if type(weight) not in (int, float) or not 0 < weight < float("inf"):
+    if type(weight) not in (int, float) or not 0 < weight <= sys.float_info.max:
         raise ValueError(f"expected a weight over 0, got {weight!r}")
     sizes = ({str(k): _whole(v) for k, v in content[name].items()} for name in ("text_bytes", "characters"))
     return SourceRecord(weight, *sizes)

@@ -10,8 +10,8 @@ band with probability 1 - (1 - s^ROWS)^BANDS, for 14 bands of 8:
 
 A document is dropped when an earlier one shares a column with it, kept or not. That needs no graph: every column falls
 into ranges of hashes which are sorted apart from each other, so memory is that of RANGE_DOCUMENTS hashes in each
-process and one byte per document in the parent. On disk a document takes 12 bytes for each column: for 100 million
-documents 18 GB, read once, and 100 MB of memory in the parent.
+process (163 MB, and 16 bytes for each copy in the range) and one byte per document in the parent. On disk a document
+takes 12 bytes for each column: for 100 million documents 18 GB, read once, and 100 MB of memory in the parent.
 """
 
 import itertools
@@ -96,21 +96,27 @@ def ranges(documents: int) -> list[tuple[int, int]]:
 
 def later_copies(segments: list[Segment], column: int, low: int, high: int) -> np.ndarray:
     """Documents whose hash in `column` lies in low .. high and is that of an earlier one: int64, ascending."""
-    hashes, documents = [], []
+    hashes, documents, copies = [], [], []
     for segment in segments:
         if not segment.documents:
             continue
         values = np.load(segment.hashes, mmap_mode="r", allow_pickle=False)[column]
         start, stop = np.searchsorted(values, np.uint64(low)), np.searchsorted(values, np.uint64(high), side="right")
-        hashes.append(np.array(values[start:stop]))
+        values = np.array(values[start:stop])
         places = np.load(segment.places, mmap_mode="r", allow_pickle=False)[column, start:stop]
-        documents.append(places.astype(np.int64) + segment.first)
+        # copies inside a segment are told at once: where most documents are copies, their hashes would be one range
+        again = np.append(False, values[1:] == values[:-1])[: len(values)]
+        copies.append(places[again].astype(np.int64) + segment.first)
+        hashes.append(values[~again])
+        documents.append(places[~again].astype(np.int64) + segment.first)
     if not hashes:
         return np.empty(0, np.int64)
     hashes, documents = np.concatenate(hashes), np.concatenate(documents)
     order = np.argsort(hashes, kind="stable")  # earlier documents stay before later ones of the same hash
-    copies = hashes[order][1:] == hashes[order][:-1]
-    return np.sort(documents[order][1:][copies])
+    again = hashes[order][1:] == hashes[order][:-1]
+    found = np.concatenate([*copies, documents[order][1:][again]])
+    found.sort()
+    return found
 
 
 def decide(copies: Iterator[tuple[int, np.ndarray]], documents: int) -> np.ndarray:
