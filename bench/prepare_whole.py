@@ -7,6 +7,7 @@ that is in the shards, must be the same.
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,9 +36,8 @@ def run_whole(megabytes: float, workers: int, vocab: int, home: Path | None) -> 
         directory = Path(place)
         planted = write_corpus(directory, megabytes)
         straight = {count: _run(directory, f"out-{count}", count, vocab) for count in sorted({1, workers})}
-        seconds = straight[workers]["seconds"]
-        killed_after = [seconds * kill / (KILLS + 1) for kill in range(1, KILLS + 1)]
-        for limit in killed_after:
+        limit = straight[workers]["seconds"] / (KILLS + 1)
+        for _ in range(KILLS):
             _run(directory, "killed", workers, vocab, limit)
         killed = _run(directory, "killed", workers, vocab)
         digests = {killed["manifest_sha256"], *(run.pop("manifest_sha256") for run in straight.values())}
@@ -54,7 +54,7 @@ def run_whole(megabytes: float, workers: int, vocab: int, home: Path | None) -> 
         "input_bytes": inputs,
         "vocab": manifest.vocab,
         "workers": straight,
-        "killed_after_seconds": killed_after,
+        "killed": {"times": KILLS, "each_after_seconds": limit},
         "manifest_sha256": digests.pop(),
         "planted": planted,
         "records": report["records"],
@@ -84,7 +84,7 @@ def _run(directory: Path, name: str, workers: int, vocab: int, limit: float | No
             code = process.wait()
     seconds = time.monotonic() - start
     watch.join()
-    if code and limit is None:
+    if code != (0 if limit is None else -signal.SIGKILL):
         raise RuntimeError(f"prepare: exit code {code}: {(directory / 'log').read_text()[-2000:]}")
     if limit is not None:
         return {}
