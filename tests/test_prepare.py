@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from bench.corpus import write_corpus
 from train import prepare
-from train.corpus import pipeline, tokens
+from train.corpus import clean, pipeline, tokens, workers
 from train.corpus.normalize import normalize
 from train.shards import SPLITS, Manifest, Shard
 from xiangxin_fast.errors import InputError
@@ -199,6 +199,22 @@ class TestShards:
         assert 25 < len(learned) < 80
         assert min(map(texts.index, learned)) < 40
         assert max(map(texts.index, learned)) >= 160, "the sample is of the beginning only"
+
+    def test_the_tokenizer_does_not_depend_on_the_number_of_workers(self, tmp_path, monkeypatch):
+        """Of the steps, only sampling goes to other processes: it is what learning adds to those of other tests."""
+        source = write_jsonl(tmp_path / "a.jsonl", [{"text": article(seed, 200)} for seed in range(60)])
+        monkeypatch.setattr(tokens, "MIN_SHARD_BYTES", 1 << 12)
+        monkeypatch.setattr(clean, "BATCH_CHARACTERS", 1 << 10)
+
+        def run(title: str, *arguments: object) -> list:
+            monkeypatch.setattr(workers, "SMALL_BYTES", 0 if title == "sample" else 1 << 30)
+            return workers.run(title, *arguments)
+
+        monkeypatch.setattr(pipeline, "run", run)
+        for count in (1, 2):
+            prepare.shards([source], out=tmp_path / str(count), vocab=300, workers=count)
+        assert len(Manifest.load(tmp_path / "1").splits["train"].shards) > 4
+        assert bytes_of(tmp_path / "1") == bytes_of(tmp_path / "2")
 
 
 class TestRefusals:
