@@ -63,8 +63,7 @@ def _linear_gelu_bwd_ref(dy: Tensor, w: Tensor, h: Tensor) -> Outputs:
 
 def _linear_gelu_bwd(dy: Tensor, w: Tensor, h: Tensor) -> Outputs:
     dh, g = torch.empty_like(h), torch.empty_like(h)
-    tiles = gemm.dgelu_row_tiles(h.shape[0], h.dtype, h.device)
-    partial = torch.empty(tiles, h.shape[1], dtype=torch.float32, device=h.device)
+    partial = torch.empty(gemm.dgelu_row_tiles(dy, h.shape[1]), h.shape[1], dtype=torch.float32, device=h.device)
     torch.ops.xiangxin.linear_gelu_bwd(dy, w, h, dh, g, partial)
     return dh, g
 

@@ -36,6 +36,14 @@ def check_dtypes(op: str, **tensors: Tensor) -> None:
         check(tensor.dtype == first.dtype, f"{op}: expected {other} in {first.dtype} like {name}, got {tensor.dtype}")
 
 
+def in_autocast_dtype(first: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The arguments, cast as nn.Linear's are where autocast is enabled for the device of the first."""
+    device = first.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return first, *others
+    return tuple(t if t is None else t.to(torch.get_autocast_dtype(device)) for t in (first, *others))
+
+
 def as_rows(x: Tensor) -> Tensor:
     """x [..., C] as [N, C] with a contiguous last axis: a view wherever the strides allow one, else a copy."""
     rows = x.reshape(-1, x.shape[-1])

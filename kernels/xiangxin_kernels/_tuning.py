@@ -144,13 +144,17 @@ _GEMM_DGELU = {
     80: GemmConfig(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
     90: GemmConfig(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4, descriptors=True),
 }
-# fp32 products run on the FMA pipes, where small tiles keep the accumulators in registers.
+# fp32 products run on the FMA pipes, where small tiles keep the accumulators in registers. `fuses_gemm` leaves fp32 to
+# cuBLAS; this row serves bench, which holds both ways against each other in every dtype.
 _GEMM_FP32 = GemmConfig(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=2)
 
 
-def fuses_gemm(epilogue: str, dtype: torch.dtype, arch: int) -> bool:
-    """Whether the Triton GEMM does the product before "rotary", "gelu", "dgelu" or "residual", or cuBLAS does."""
-    return dtype != torch.float32 and (epilogue, arch) in _FUSED_IS_FASTER
+def fuses_gemm(epilogue: str, N: int, K: int, dtype: torch.dtype, arch: int) -> bool:
+    """Whether the Triton GEMM does the product before "rotary", "gelu", "dgelu" or "residual", or cuBLAS does.
+
+    Rows of K or N columns that do not start on 16 bytes are cuBLAS's: read one by one they spill in the Triton loop.
+    """
+    return dtype != torch.float32 and N % 8 == K % 8 == 0 and (epilogue, arch) in _FUSED_IS_FASTER
 
 
 def choose_gemm(epilogue: str, dtype: torch.dtype, arch: int) -> GemmConfig:

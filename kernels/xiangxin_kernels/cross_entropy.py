@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._host import check, check_dtypes, kernel_op, use_triton
+from ._host import check, check_dtypes, in_autocast_dtype, kernel_op, use_triton
 from ._tuning import arch_of, choose_cross_entropy
 
 WORKSPACE_BYTES = 256 * 2**20
@@ -455,9 +455,7 @@ def linear_cross_entropy(
     chunk_rows: rows whose logits are held at a time; None takes what fits 256 MiB. Under autocast x, weight and bias
     are cast to its dtype, as nn.Linear's would be. Raises ValueError naming the argument that does not fit.
     """
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        x, weight, bias = (t if t is None else t.to(torch.get_autocast_dtype(device)) for t in (x, weight, bias))
+    x, weight, bias = in_autocast_dtype(x, weight, bias)
     check(x.dim() == 2, f"linear_cross_entropy: expected x [N, C], got {list(x.shape)}")
     (N, C), V = x.shape, weight.shape[0]
     check(weight.shape == (V, C), f"linear_cross_entropy: expected weight [V, {C}], got {list(weight.shape)}")

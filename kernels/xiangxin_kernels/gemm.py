@@ -15,7 +15,8 @@ Method    Two ways behind each op, of which `fuses_gemm` knows the faster: one T
           Triton GEMM is persistent and loads through tensor descriptors, on sm_80 through pipelined pointers.
 Numerics  epilogues in fp32; the first way rounds once, the second rounds t to the dtype in between, as plain torch
           does. In the first a row's bits do not depend on how many rows there are; cuBLAS promises no such thing
-Limits    a, b, out of one dtype out of fp32, fp16, bf16; last axes contiguous, row strides free; D, R even
+Limits    a, b, out of one dtype out of fp32, fp16, bf16; last axes contiguous, row strides free; bias contiguous; D, R
+          even. Rows that do not start on 16 bytes (K or N no multiple of 8) go the second way
 Source    the GELU of mlp.py, the rotary embedding of attention.py
 """
 
@@ -181,8 +182,11 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _takes_descriptors(*matrices: Tensor) -> bool:
-    """Bulk copies want rows that start on 16 bytes."""
-    return all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in matrices)
+    """Bulk copies want rows that start on 16 bytes and do not overlap, as those of an expanded gradient do."""
+    return all(
+        x.data_ptr() % 16 == 0 and x.stride(0) >= x.shape[1] and x.stride(0) * x.element_size() % 16 == 0
+        for x in matrices
+    )
 
 
 def _gemm(
@@ -194,7 +198,7 @@ def _gemm(
         if partial is not None:
             partial.zero_()
         return
-    if not fuses_gemm(EPILOGUES[epilogue.value], a.dtype, arch_of(a.device)):
+    if not fuses_gemm(EPILOGUES[epilogue.value], out.shape[1], a.shape[1], a.dtype, arch_of(a.device)):
         factor = b.t() if b_transposed else b
         if epilogue in (BIAS, ROTARY, GELU):
             torch.addmm(bias, a, factor, out=out)
@@ -249,11 +253,11 @@ def _row_stride(x: Tensor | None) -> int:
     return 0 if x is None else x.stride(0)
 
 
-def dgelu_row_tiles(M: int, dtype: torch.dtype, device: torch.device) -> int:
-    """How many rows the `partial` of a DGELU epilogue over M rows has."""
-    arch = arch_of(device)
-    fused = fuses_gemm("dgelu", dtype, arch)
-    config = choose_gemm("dgelu", dtype, arch) if fused else choose_elementwise("dgelu", arch)
+def dgelu_row_tiles(dy: Tensor, F: int) -> int:
+    """How many rows the `partial` of a DGELU epilogue over F columns of a product of dy [M, C] has."""
+    (M, C), arch = dy.shape, arch_of(dy.device)
+    fused = fuses_gemm("dgelu", F, C, dy.dtype, arch)
+    config = choose_gemm("dgelu", dy.dtype, arch) if fused else choose_elementwise("dgelu", arch)
     return max(1, triton.cdiv(M, config.block_m))
 
 
@@ -263,11 +267,11 @@ def _project_in(
     q_start: int,
 ) -> None:  # fmt: skip
     """p [N, 3C+F] = y w_in^T + b_in with q and k rotated; the last F columns of z [N, C+F] get gelu of p's."""
-    C = y.shape[1]
+    C, F = y.shape[1], p.shape[1] - 3 * y.shape[1]
     rotary = (cos, sin, C // heads, T, q_start)
     qk, v, h, g = p[:, : 2 * C], p[:, 2 * C : 3 * C], p[:, 3 * C :], z[:, C:]
-    arch = arch_of(y.device)
-    if not fuses_gemm("rotary", y.dtype, arch) and not fuses_gemm("gelu", y.dtype, arch):  # one product for all columns
+    about = y.dtype, arch_of(y.device)
+    if not fuses_gemm("rotary", 2 * C, C, *about) and not fuses_gemm("gelu", F, C, *about):  # one product for all
         torch.addmm(b_in, y, w_in.t(), out=p)
         _elementwise(ROTARY, qk, qk, None, None, None, rotary, None)
         _elementwise(GELU, h, h, g, None, None, None, None)

@@ -16,7 +16,8 @@ Saves     x, p (q and k rotated, h before its GELU), attention's output and lse,
 Backward  dz = dy w_out, whose gelu' epilogue also recomputes gelu(h); attention's backward, into the same buffer
           dp [N, 3C+F], with dq and dk rotated back; dw_in = dp^T layer_norm(x) and dx = dp w_in in one product each;
           dw_out in two. db_in adds up column sums that the kernels leave by tiles of rows, always in the same order
-Numerics  layer_norm.py, gemm.py, attention.py
+Numerics  layer_norm.py, gemm.py, attention.py. In Triton autocast changes nothing: all is in x's dtype, as it comes
+Limits    Triton: one dtype out of fp32, fp16, bf16; last axes and biases that are not contiguous are copied
 Source    Wang, Komatsuzaki 2021 (GPT-J) for the parallel layer; Li et al. 2023, arXiv:2309.05463 (phi-1.5)
 """
 
@@ -69,7 +70,7 @@ def _project(x, ln_w, ln_b, w_in, b_in, cos, sin, heads, eps, q_start, z) -> tup
     N, (T, C) = x.shape[0] * x.shape[1], x.shape[1:]
     y, mean, rstd = layer_norm_forward(x, ln_w, ln_b, eps)
     p = x.new_empty(N, w_in.shape[0])
-    _project_in(y.view(N, C), w_in, b_in, cos, sin, p, z, heads, T, q_start)
+    _project_in(y.view(N, C), as_rows(w_in), b_in.contiguous(), cos, sin, p, z, heads, T, q_start)
     return y, p, mean, rstd
 
 
@@ -85,7 +86,7 @@ class _ParallelBlock(torch.autograd.Function):
         copy = z[:, :C].view(q.shape)
         _attention_fwd(q, k, v, None, None, bounds, attn, copy, lse, (C // heads) ** -0.5, 0)
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        _project_out(z, w_out, b_out, as_rows(x), out.view(-1, C))
+        _project_out(z, as_rows(w_out), b_out.contiguous(), as_rows(x), out.view(-1, C))
         kept = (x, ln_w, ln_b, w_in, b_in, w_out, cos, sin, bounds, mean, rstd, attn, lse)
         ctx.save_for_backward(*kept, None if recompute else p)
         ctx.heads, ctx.eps = heads, eps
@@ -103,8 +104,8 @@ class _ParallelBlock(torch.autograd.Function):
             y, p, _, _ = _project(x, ln_w, ln_b, w_in, b_in, cos, sin, heads, ctx.eps, 0, z)
         else:
             y, _, _ = layer_norm_forward(x, ln_w, ln_b, ctx.eps)
-        dh_sums = x.new_empty(dgelu_row_tiles(N, x.dtype, x.device), F, dtype=torch.float32)
-        _project_out_bwd(dy, w_out, p[:, 3 * C :], dattn, dp[:, 3 * C :], g, dh_sums)
+        dh_sums = x.new_empty(dgelu_row_tiles(dy, F), F, dtype=torch.float32)
+        _project_out_bwd(dy, as_rows(w_out), p[:, 3 * C :], dattn, dp[:, 3 * C :], g, dh_sums)
         dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
         q, k, v = _views(p, B, T, heads, C)
         dq, dk, dv = _views(dp, B, T, heads, C)
@@ -117,7 +118,9 @@ class _ParallelBlock(torch.autograd.Function):
         _weight_gradients(dy, attn.view(N, C), g, dp, y.view(N, C), dw_out, dw_in)
         db_in = torch.cat([dq_sums.sum(0), *dkv_sums.sum(1), dh_sums.sum(0)]).to(b_in.dtype)
         db_out = dy.sum(0, dtype=torch.float32).to(b_in.dtype).expand(2, C).contiguous()
-        dx, dln_w, dln_b = layer_norm_backward(torch.mm(dp, w_in).view(x.shape), x, ln_w, mean, rstd, dy.view(x.shape))
+        dnorm = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        torch.mm(dp, w_in, out=dnorm.view(N, C))  # with an out, autocast leaves it alone
+        dx, dln_w, dln_b = layer_norm_backward(dnorm, x, ln_w, mean, rstd, dy.view(x.shape))
         return dx, dln_w, dln_b, dw_in, db_in, dw_out, db_out, None, None, None, None, None, None
 
 
@@ -148,7 +151,7 @@ def _prefill(x, ln_w, ln_b, w_in, b_in, w_out, b_out, cos, sin, heads, eps, cach
     scale = (C // heads) ** -0.5
     _attention_fwd(q, keys, values, None, None, None, z[:, :C].view(q.shape), None, lse, scale, q_start)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _project_out(z, w_out, b_out, as_rows(x), out.view(-1, C))
+    _project_out(z, as_rows(w_out), b_out.contiguous(), as_rows(x), out.view(-1, C))
     return out
 
 

@@ -23,6 +23,13 @@ def use_way(monkeypatch, way: str) -> None:
     monkeypatch.setattr(gemm, "choose_gemm", lambda *given: WAYS[way])
 
 
+def with_other_strides(x: Tensor) -> Tensor:
+    """x with a last axis that is not contiguous: a matrix as its transpose lies, a vector among other numbers."""
+    if x.dim() == 1:
+        return torch.stack([x, torch.full_like(x, float("nan"))], dim=1)[:, 0]
+    return x.t().contiguous().t()
+
+
 def rotary_tables(S: int, R: int) -> tuple[Tensor, Tensor]:
     angles = torch.outer(torch.arange(S).double(), 1e4 ** (-torch.arange(0, R, 2).double() / R))
     return angles.cos().float(), angles.sin().float()

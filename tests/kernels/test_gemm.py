@@ -5,6 +5,8 @@ import sys
 import pytest
 import torch
 from torch import Tensor
+from xiangxin_kernels import _tuning
+from xiangxin_kernels._tuning import fuses_gemm
 
 from tests.conftest import INTERPRET
 from tests.kernels.block_inputs import block_inputs, gemm, use_way
@@ -26,7 +28,7 @@ def launches(rows: int = N, dtype: torch.dtype = torch.float32, empty=None) -> d
     x = empty(C).copy_(given["x"][0])
     h, attn, g, dp = (torch.randn(rows, columns, generator=generator).to(dtype) for columns in (F, C, F, 3 * C + F))
     w_in, b_in, w_out, b_out = (given[name] for name in ("w_in", "b_in", "w_out", "b_out"))
-    sums = torch.empty(gemm.dgelu_row_tiles(rows, dtype, x.device), F)
+    sums = torch.empty(gemm.dgelu_row_tiles(x, F), F)
     p, z = empty(3 * C + F), empty(C + F)
     wide_h, wide_dp = empty(3 * C + F)[:, 3 * C :], empty(3 * C + F)
     wide_h.copy_(h)
@@ -98,6 +100,23 @@ def test_offsets_pass_2_to_the_31(way, tmp_path, monkeypatch):
     assert taken < 2**14
     for name in ("project_in", "project_out", "project_out_bwd", "linear_gelu", "linear_gelu_bwd"):
         assert_same_bits(written(name, apart[name]), written(name, near[name]), what=name)
+
+
+def test_rows_that_do_not_start_on_16_bytes_are_left_to_cublas(monkeypatch):
+    """Wherever the Triton GEMM was measured to be faster: read a number at a time its loop spills."""
+    every = {(epilogue, arch) for epilogue in gemm.EPILOGUES for arch in _tuning.ARCHS}
+    monkeypatch.setattr(_tuning, "_FUSED_IS_FASTER", every)
+    for arch in _tuning.ARCHS:
+        fused = [(n, k) for n in (96, 100, 101) for k in (64, 100) if fuses_gemm("gelu", n, k, torch.bfloat16, arch)]
+        assert fused == [(96, 64)]
+        assert not fuses_gemm("gelu", 96, 64, torch.float32, arch)
+
+
+def test_bulk_copies_take_rows_that_lie_apart_on_16_bytes():
+    rows = torch.empty(8, 96, dtype=torch.bfloat16)
+    assert gemm._takes_descriptors(rows, rows[:, :64], rows[::2])
+    for x in (rows[:, 1:], rows[:1].expand(8, 96), torch.empty(8, 98, dtype=torch.bfloat16)):
+        assert not gemm._takes_descriptors(rows, x)
 
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter excludes the compiler")

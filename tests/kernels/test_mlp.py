@@ -5,7 +5,7 @@ import torch
 from xiangxin_kernels import gelu_mlp, gelu_mlp_ref
 
 from tests.conftest import INTERPRET
-from tests.kernels.block_inputs import use_way
+from tests.kernels.block_inputs import use_way, with_other_strides
 from tests.numerics import DOUT_LAYOUTS, check_op
 from tests.op_contract import assert_compiles_without_clones, assert_program_order_free, assert_repeatable, saved_bytes
 
@@ -33,6 +33,28 @@ def test_output_and_gradients(way, dtype, monkeypatch):
 @pytest.mark.parametrize("rows", [(1,), (2, 113)])
 def test_odd_sizes_and_any_strides_of_dout(rows):
     check_op(gelu_mlp, gelu_mlp_ref, mlp_inputs(*rows, C=33, F=65), layouts=DOUT_LAYOUTS)
+
+
+@pytest.mark.parametrize("way", ["cublas", "pointers", "descriptors"])
+def test_weights_of_any_strides(way, monkeypatch):
+    """Conv1D of GPT-2 holds its weights as [in, out]."""
+    if not INTERPRET and way != "cublas":
+        pytest.skip("the ways differ in Triton alone")
+    use_way(monkeypatch, way)
+    check_op(gelu_mlp, gelu_mlp_ref, {k: with_other_strides(x) for k, x in mlp_inputs(19, F=40).items()})
+
+
+def test_autocast_casts_fp32_parameters():
+    inputs = {name: x.requires_grad_() for name, x in mlp_inputs(19).items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = gelu_mlp(**inputs)
+    cast = {name: x.detach().bfloat16().requires_grad_() for name, x in inputs.items()}
+    expected = gelu_mlp(**cast)
+    assert torch.equal(y, expected)
+    found = torch.autograd.grad(y, list(inputs.values()), y.detach())
+    for g, exact in zip(found, torch.autograd.grad(expected, list(cast.values()), y.detach()), strict=True):
+        assert g.dtype == torch.float32
+        assert torch.equal(g, exact.float())
 
 
 def test_pre_activations_far_from_zero():

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from xiangxin_kernels import attention_ref, document_bounds, parallel_block, parallel_block_ref
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton.runtime.interpreter import GridExecutor
+from xiangxin_kernels import _host, attention_ref, document_bounds, parallel_block, parallel_block_ref
 
 from tests.conftest import INTERPRET
-from tests.kernels.block_inputs import block_inputs, rotary_tables, use_way
+from tests.kernels.block_inputs import block_inputs, rotary_tables, use_way, with_other_strides
 from tests.numerics import DOUT_LAYOUTS, assert_no_worse_than_torch, check_op
 from tests.op_contract import (
     assert_compiles_without_clones,
@@ -97,32 +98,42 @@ def test_bytes_kept_for_backward():
 
 
 @only_triton
-def test_the_backward_makes_no_pass_of_its_own_over_the_projection():
+def test_the_backward_makes_no_pass_of_its_own_over_the_projection(monkeypatch):
     """Bias gradients come from sums by tile, dq and dk are rotated back before they are stored, gelu(h) is made where h
-    is read: all that touches [N, 3C] or [N, F] is products and the kernels of DESIGN's list."""
+    is read: all that touches [N, 3C] or [N, F], within the ops too, is products and the kernels of DESIGN's list."""
     inputs = block_inputs(1, 32, 4, 16, 8, 256)
     leaves = {name: x.requires_grad_(name in WEIGHTS) for name, x in inputs.items()}
     y = parallel_block(**leaves, heads=4)
-    wide, kernels = [], []
+    wide, kernels, products = [], [], []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if not func.namespace.startswith("xiangxin") and func.name() not in (
-                "aten::mm",
-                "aten::empty.memory_format",
-            ):
+            if func.namespace != "xiangxin" and not func.is_view and "empty" not in func.name():
                 sizes = [a.numel() for a in args if isinstance(a, torch.Tensor)]
-                read = max(sizes, default=0)
-                if read >= 32 * 3 * 64 and not func.is_view and "empty" not in func.name():
-                    wide.append(func.name())
-            if func.namespace == "xiangxin":
-                kernels.append(func.name().partition("::")[2])
+                if max(sizes, default=0) >= 32 * 3 * 64:
+                    (products if func.name() == "aten::mm.out" else wide).append(func.name())
             return func(*args, **(kwargs or {}))
 
+    launch = GridExecutor.__call__
+
+    def watched_launch(self, *args, **kwargs):
+        kernels.append(self.fn.__name__)
+        with _disable_current_modes():  # the interpreter's own copies
+            launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", watched_launch)
+    monkeypatch.setattr(_host, "_on_device", lambda device: Watch())  # a mode does not see into an op
     with Watch():
         torch.autograd.grad(y, [leaves[name] for name in WEIGHTS], torch.ones_like(y))
     assert wide == []
-    assert kernels == ["layer_norm_fwd", "project_out_bwd", "attention_bwd", "weight_gradients", "layer_norm_bwd"]
+    assert len(products) == 4  # dh, dw_out of the MLP, dw_in, dx
+    assert kernels == [
+        "_layer_norm_fwd_kernel",
+        "_epilogue_kernel",
+        "_attention_bwd_dq_kernel",
+        "_attention_bwd_dkv_kernel",
+        "_layer_norm_bwd_kernel",
+    ]
 
 
 @pytest.mark.parametrize("chunks", [(17,), (5, 12), (1, 1, 15)])
@@ -172,6 +183,24 @@ def test_tables_of_any_strides():
     inputs = block_inputs(1, 9, 2, 16, 8, 40)
     strided = {name: inputs[name].t().contiguous().t() for name in ("cos", "sin")}
     assert_same_bits(run(inputs | strided, 2), run(inputs, 2), what="strides of cos, sin")
+
+
+@pytest.mark.parametrize("way", ["cublas", "pointers", "descriptors"])
+def test_weights_of_any_strides(way, monkeypatch):
+    if not INTERPRET and way != "cublas":
+        pytest.skip("the ways differ in Triton alone")
+    use_way(monkeypatch, way)
+    inputs = block_inputs(1, 9, 2, 16, 8, 40)
+    check_block({k: with_other_strides(x) if k in WEIGHTS[1:] else x for k, x in inputs.items()}, heads=2)
+
+
+@only_triton
+def test_autocast_changes_nothing():
+    """Products of fp32 would otherwise come out in bf16 where backward runs, and nowhere else."""
+    inputs = block_inputs(1, 9, 2, 16, 8, 40)
+    expected = run(inputs, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same_bits(run(inputs, 2), expected, what="autocast")
 
 
 @only_triton
