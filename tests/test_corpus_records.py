@@ -256,10 +256,10 @@ class TestFaults:
         assert texts == (["a", "b"] if ending else ["a"])
         assert faults == [("a.jsonl", len(head), records.TOO_LONG)]
 
-    @pytest.mark.parametrize(("name", "line"), [("a.jsonl", b"x" * (1 << 19)), ("a.txt", b"x\n" * (1 << 18))])
+    @pytest.mark.parametrize(("name", "line"), [("a.jsonl", b"x" * (1 << 17)), ("a.txt", b"x\n" * (1 << 16))])
     def test_units_inside_one_record_do_not_read_on_to_its_end(self, tmp_path, monkeypatch, name, line):
-        monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1 << 14)
-        monkeypatch.setattr(files, "MIN_UNIT_BYTES", 1 << 14)
+        monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1 << 13)
+        monkeypatch.setattr(files, "MIN_UNIT_BYTES", 1 << 13)
         (tmp_path / name).write_bytes(line)
         seen = Counter()
 
@@ -373,12 +373,20 @@ class TestProperties:
         else:
             lines = [rng.choice(["文" * rng.randint(1, 40), "", "", " ", "\u3000"]).encode() for _ in range(30)]
         rng.shuffle(lines)
-        (directory / f"a.{kind}").write_bytes(b"\n".join(lines))
+        content = b"\n".join(lines)
+        (directory / f"a.{kind}").write_bytes(content)
         whole = read(directory)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(files, "MIN_UNIT_BYTES", size)
             patch.setattr(files, "MAX_UNIT_BYTES", size)
             assert read(directory) == whole
+            before = 0  # lines of the units before
+            for unit in cut_into_units(list_files([Source("c", 1.0, (str(directory),))])):
+                reader = Reader(unit, None, True)
+                for record in reader:
+                    assert before + record.line == content.count(b"\n", 0, record.offset) + 1
+                before += reader.lines
+            assert before == content.count(b"\n") + (not content.endswith(b"\n"))
 
     @settings(max_examples=150, deadline=None, derandomize=True)
     @given(

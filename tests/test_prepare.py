@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from bench.corpus import write_corpus
 from train import prepare
-from train.corpus import clean, pipeline, tokens, workers
+from train.corpus import clean, files, pipeline, tokens, workers
 from train.corpus.normalize import normalize
 from train.shards import SPLITS, Manifest, Shard
 from xiangxin_fast.errors import InputError
@@ -140,10 +140,11 @@ class TestShards:
         size = sum(sum(source.text_bytes.values()) for source in manifest.sources.values())
         assert size == sum(len(text.encode()) for text in both)
 
-    def test_the_report_accounts_for_every_record(self, tokenizer_dir, tmp_path):
+    def test_the_report_accounts_for_every_record(self, tokenizer_dir, tmp_path, monkeypatch):
         good = [article(seed, 100) for seed in range(10)]
         texts = [*good, good[0], good[1][:40] + "了" + good[1][40:], "短", "\u200b"]
         source = write_jsonl(tmp_path / "a.jsonl", [*({"text": text} for text in texts), b"{", {"text": 3}])
+        monkeypatch.setattr(files, "MIN_UNIT_BYTES", 1 << 11)
         prepare.shards([source], out=tmp_path / "out", tokenizer=tokenizer_dir)
         report = json.loads((tmp_path / "out" / "report.json").read_text())["sources"]["corpus"]
         dropped = {
@@ -160,7 +161,8 @@ class TestShards:
         assert sum(entry["documents"] for entry in report["rejected"].values()) == 2
         assert (report["records"], report["kept"]["documents"]) == (16, 10)
         lines = (tmp_path / "out" / "rejects.jsonl").read_text(encoding="utf-8").splitlines()
-        assert [json.loads(line)["reason"][:8] for line in lines] == ["not JSON", "no text "]
+        rejects = [(json.loads(line)["line"], json.loads(line)["reason"][:8]) for line in lines]
+        assert rejects == [(15, "not JSON"), (16, "no text ")]
         assert Manifest.load(tmp_path / "out").rejects.keys() == report["rejected"].keys()
 
     def test_stages_can_be_switched_off(self, tokenizer_dir, tmp_path):

@@ -3,7 +3,7 @@
 What a unit gives depends on the unit and the options alone. Beside each other, under its number, it leaves
 
     000017.json              what happened, and its segments; it appears last
-    000017.rejects.jsonl     a line for each record that has no usable text
+    000017.rejects.jsonl     a line for each record that has no usable text; lines are counted from the unit's first
     000017.benchmarks.jsonl  a line for each document left out for a benchmark's item
     000017-0000.text         a segment's texts: zstd frames of whole documents, one for each batch
     000017-0000.documents.npy, .hashes.npy, .places.npy
@@ -129,7 +129,8 @@ def clean_unit(advance: Advance, unit: Unit, options: Options, directory: Path) 
                 place = {"file": unit.file.path, "offset": record.offset}
                 if record.text is None:
                     rejected.add(record.reason, 0, place)
-                    _write_line(rejects, {"source": unit.file.source, **place, "reason": record.reason})
+                    line = {} if record.line is None else {"line": record.line}
+                    _write_line(rejects, {"source": unit.file.source, **place, **line, "reason": record.reason})
                     continue
                 text = normalize(record.text) if options.normalize else record.text
                 if text:
@@ -161,6 +162,7 @@ def clean_unit(advance: Advance, unit: Unit, options: Options, directory: Path) 
         "file": unit.file.path,
         "source": unit.file.source,
         "records": records,
+        "lines": reader.lines,
         "rejected": rejected.to_json(),
         "dropped": {stage: ledger.to_json() for stage, ledger in dropped.items()},
         "segments": segments.done,

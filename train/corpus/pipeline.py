@@ -133,7 +133,7 @@ def _make(job: Job, units: list[Unit], chosen: Tokenizer | None) -> None:
     results = [read_unit_result(job.clean, unit.number) for unit in units]
     segments = locate_segments(results)
     verdicts = _judge_duplicates(job, segments)
-    _write_rejects(job, len(units))
+    _write_rejects(job, results)
     if not (verdicts == KEPT).any():
         raise InputError(
             f"expected text in {units[0].file.path} and what follows it, found none to keep; "
@@ -375,13 +375,20 @@ def _start_of(job: Job, segment: dict, documents: np.ndarray, number: int) -> st
     raise IndexError(number)
 
 
-def _write_rejects(job: Job, units: int) -> None:
-    """rejects.jsonl and benchmarks.jsonl: the units' lines, in order."""
+def _write_rejects(job: Job, results: list[dict]) -> None:
+    """rejects.jsonl and benchmarks.jsonl: the units' lines, in order, with their files' line numbers."""
     for kind in ("rejects", "benchmarks"):
         partial = job.work / f"{kind}.partial"
-        with partial.open("wb") as stream:
-            for number in range(units):
-                with (job.clean / f"{number:06d}.{kind}.jsonl").open("rb") as lines:
-                    shutil.copyfileobj(lines, stream)
+        file, before = None, 0  # lines of the file in the units before
+        with partial.open("w", encoding="utf-8") as stream:
+            for number, result in enumerate(results):
+                file, before = result["file"], before if result["file"] == file else 0
+                with (job.clean / f"{number:06d}.{kind}.jsonl").open(encoding="utf-8", newline="\n") as lines:
+                    for text in lines:
+                        entry = json.loads(text)
+                        if "line" in entry:
+                            entry["line"] += before
+                        stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                before += result["lines"]
         sync(partial)
         partial.replace(job.out / f"{kind}.jsonl")

@@ -8,7 +8,7 @@ whatever its name.
 
 Only "\\n" or "\\r\\n" end a line: U+2028, U+2029 and U+0085, at which Python's splitlines would cut, are text. Nothing
 is repaired or guessed at: a record that cannot be used is named with its file, offset (in bytes of the decompressed
-file; in parquet the row) and the reason.
+file; in parquet the row), line where the file has lines, and the reason.
 """
 
 import codecs
@@ -31,11 +31,12 @@ PARQUET_ROWS = 256
 
 
 class Record(NamedTuple):
-    """One record: its text, or in `reason` why it has none."""
+    """One record: its text, or in `reason` why it has none. `line` of the unit, from 1, where the file has lines."""
 
     offset: int
     text: str | None
     reason: str | None
+    line: int | None = None
 
 
 class Unusable(Exception):
@@ -43,11 +44,15 @@ class Unusable(Exception):
 
 
 class Reader:
-    """Iterates over the records of `unit`; `position` counts the bytes of the file that are behind it, for progress."""
+    """Iterates over the records of `unit`; `position` counts the bytes of the file that are behind it, for progress.
+
+    `lines`: how many lines start in the unit, once it has been read.
+    """
 
     def __init__(self, unit: Unit, text_key: str | None, titles: bool):
         self._unit, self._key, self._titles = unit, text_key, titles
-        self.position = 0
+        self.position = self.lines = 0
+        self._line = 0  # of the unit, from 1; goes on behind its end
 
     def __iter__(self) -> Iterator[Record]:
         file = self._unit.file
@@ -75,12 +80,13 @@ class Reader:
                     continue
                 if self._unit.stop is not None and offset >= self._unit.stop:
                     return
-                yield self._record(offset, lambda content=content: self._parsed(self._decoded(content)))
+                record = self._record(offset, lambda content=content: self._parsed(self._decoded(content)))
+                yield record._replace(line=self._line)
 
     def _text(self) -> Iterator[Record]:
         """A document is of the unit in which the blank line before it starts; the first unit has no such line."""
         lines: list[str] = []
-        first, size, fault, skipping = 0, 0, None, self._unit.start > 0
+        first, line, size, fault, skipping = 0, 0, 0, None, self._unit.start > 0
         with open_stream(self._unit.file.path, self._unit.file.compression) as stream:
             for offset, content in self._raw_lines(stream):
                 blank = content is not None and not self._is_text(content)
@@ -91,13 +97,13 @@ class Reader:
                 skipping = False
                 if blank:
                     if lines or fault:
-                        yield fault or self._record(first, functools.partial("\n".join, lines))
+                        yield (fault or self._record(first, functools.partial("\n".join, lines)))._replace(line=line)
                         lines, size, fault = [], 0, None
                     if self._unit.stop is not None and offset >= self._unit.stop:
                         return
                     continue
                 if not lines and not fault:
-                    first = offset
+                    first, line = offset, self._line
                 try:
                     lines.append(self._decoded(content).removesuffix("\n").removesuffix("\r"))
                     size += len(content)
@@ -108,7 +114,7 @@ class Reader:
                 if fault:
                     lines = []
         if lines or fault:
-            yield fault or self._record(first, functools.partial("\n".join, lines))
+            yield (fault or self._record(first, functools.partial("\n".join, lines)))._replace(line=line)
 
     def _is_text(self, content: bytes) -> bool:
         if content.isspace():
@@ -129,6 +135,8 @@ class Reader:
         begin = offset
         while content := stream.readline(MAX_RECORD_BYTES + 1):
             start, offset = offset, offset + len(content)
+            self._line += 1
+            self.lines += self._unit.stop is None or start < self._unit.stop
             if len(content) > MAX_RECORD_BYTES:
                 piece = content
                 while piece and not piece.endswith(b"\n"):
