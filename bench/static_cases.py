@@ -11,6 +11,7 @@ The launch itself (arguments, grid, warps) is taken from the launcher, so that w
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ CROSS_ENTROPY_CANDIDATES = tuple(
 
 
 def cross_entropy(s: Shape) -> list[Case]:
-    """In chunks of 2,048 rows, as linear_cross_entropy drives the kernel."""
+    """In chunks of 2,048 rows, as linear_cross_entropy drives the kernel; in training it turns them into gradients."""
     N, V, module = min(2048, s.N), s.config.vocab, kernel_file("cross_entropy")
 
     def tensors(new: Callable[..., Tensor]) -> dict[str, Tensor]:
@@ -93,6 +94,10 @@ def cross_entropy(s: Shape) -> list[Case]:
         names = ("z", "z", "targets", "peak", "total", "dloss")
         module._cross_entropy_bwd(*(t[n] for n in names), -100, 0.0, 0.0)
 
+    def train(t: dict[str, Tensor], label_smoothing: float) -> None:
+        names = ("z", "z", "targets", "peak", "total", "loss")
+        module._rows(*(t[n] for n in names), None, -100, 0.0, label_smoothing)
+
     def case(part: str, launch: Callable[[dict[str, Tensor]], None], moved: int) -> Case:
         return Case(
             name=f"cross_entropy/{part}",
@@ -101,10 +106,15 @@ def cross_entropy(s: Shape) -> list[Case]:
             tensors=tensors,
             launch=launch,
             work={"_cross_entropy_kernel": Work(bytes=moved, trips=lambda a: (N * math.ceil(V / a["BLOCK_V"]),))},
-            candidates=dict.fromkeys(ARCHS, CROSS_ENTROPY_CANDIDATES),
+            candidates=dict.fromkeys(ARCHS, CROSS_ENTROPY_CANDIDATES) if part in ("fwd", "bwd") else {},
         )
 
-    return [case("fwd", forward, 2 * N * V), case("bwd", backward, 4 * N * V)]
+    return [
+        case("fwd", forward, 2 * N * V),
+        case("bwd", backward, 4 * N * V),
+        case("train", partial(train, label_smoothing=0.0), 6 * N * V),
+        case("train_smooth", partial(train, label_smoothing=0.1), 6 * N * V),
+    ]
 
 
 # block_m, block_n, block_k, warps, stages; on sm_90 with and without descriptors.
