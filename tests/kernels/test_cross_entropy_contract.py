@@ -151,6 +151,14 @@ def test_scaled_down_nothing_of_the_size_of_the_logits_is_allocated(monkeypatch)
     assert max(outside.sizes) >= logits
 
 
+@pytest.mark.skipif(INTERPRET, reason="the interpreter excludes the compiler")
+def test_liger_1350_1358_1362_1364_no_scalar_is_widened_to_fp64():
+    from bench import static, static_compile
+
+    for job, made in static_compile.compile_all(static.jobs_of("cross_entropy")).items():
+        assert all("tt.func" in compiled.ttir and "f64" not in compiled.ttir for compiled in made), str(job)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_nothing_waits_for_the_device(reduction):
