@@ -70,7 +70,7 @@ def shards(
 
     Args:
         inputs: files, directories and patterns; NAME=PATH or NAME:WEIGHT=PATH for several sources
-        out: directory to make
+        out: directory to make: new or empty, and outside of the inputs
         tokenizer: directory of the tokenizer to use; or give --vocab
         vocab: learn a byte-level BPE of this many tokens on an even sample of the clean text
         text_key: key of the text in JSON records and parquet files; found by itself where it has one of the usual names
