@@ -227,7 +227,7 @@ def tokens_per_character(texts: list[str], tokenizers: dict[str, Tokenizer]) -> 
 
 @exits_cleanly
 def main(arguments: list[str]) -> None:
-    """Measures, and writes a file under bench/results/. Fetches two packages with pip and one with apt-get."""
+    """Measures, and writes a file under bench/results/. Fetches two packages with pip and two with apt-get."""
     parser = argparse.ArgumentParser(prog="python -m bench prepare", description=__doc__)
     parser.add_argument("--megabytes", type=float, default=20.0, help="of made-up text for the stages (default 20)")
     parser.add_argument("--whole", type=float, metavar="MEGABYTES", help="prepare a corpus of this size instead")
