@@ -17,6 +17,7 @@ import torch
 from . import generation, races, train_step
 from .case import MODES, Shape, Unavailable
 from .cases import CASES, SHAPES
+from .decode_check import check_graphs, check_rounded, check_rows_alone
 from .gemm_cases import GEMM_CASES
 from .gpu import RESULTS, append, begun_items, read_records
 from .measure import Ceilings, DeviceLost, assert_alive, environment, gpu_state, measure_ceilings
@@ -111,6 +112,9 @@ def correctness(work: Work) -> None:
         work.item(f"{op} {odd}", check, case, odd, work.device, work.dtype, work.emit)
     work.item("model", check_model, work)
     work.item("greedy tokens", check_greedy, work)
+    work.item("decode, rounded weights", check_rounded, work)
+    work.item("decode, rows alone", check_rows_alone, work)
+    work.item("decode, graphs", check_graphs, work)
     for shape in long:
         for op, case in CASES.items():
             work.item(f"{op} {shape}", check, case, shape, work.device, work.dtype, work.emit)
