@@ -1,5 +1,6 @@
 """Models of int8 and int4 weights: their logits, the directories they are written to, and what is refused."""
 
+import dataclasses
 import io
 import json
 import math
@@ -74,10 +75,12 @@ def parts_of(model: Phi) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("packed", [False, True], ids=["as read", "packed"])
-def test_logits_are_those_of_the_dequantized_model(directory, kind, packed):
+@pytest.mark.parametrize("context", [CONFIG.context, pytest.param(2048, marks=pytest.mark.slow)])
+def test_logits_are_those_of_the_dequantized_model(kind, packed, context):
     """Whole passes and cached steps at every position, against the numerics rule."""
-    model = load_pretrained(directory, "cpu", quantize=kind)
-    tokens = torch.tensor(prompts_of(CONFIG, CONFIG.context)[0])
+    config = dataclasses.replace(CONFIG, context=context)
+    model = quantize_model(random_model(config, torch.bfloat16), kind)
+    tokens = torch.tensor(prompts_of(config, context)[0])
     with torch.no_grad():
         plain = dequantized(model, torch.bfloat16)(tokens[None])[0]
         exact = dequantized(model, torch.float64)(tokens[None])[0]
