@@ -6,6 +6,7 @@ import pytest
 import torch
 from xiangxin_kernels import document_bounds
 
+from bench.numerics import compare
 from tests.hf import fuse, grads_of, oracle
 from tests.numerics import assert_no_worse_than_torch
 from xiangxin_fast import model as model_file
@@ -102,7 +103,14 @@ def test_bf16_is_no_further_from_fp64_than_plain_torch():
     logits, fused = run(fuse(config, state))
     assert_no_worse_than_torch(logits, plain[0], exact[0], what="model.logits")
     for name, gradient in native_tensors(config, fused).items():
-        assert_no_worse_than_torch(gradient, plain[1][name], exact[1][name], what=f"model.{name}")
+        found = (gradient, plain[1][name], exact[1][name])
+        if name.endswith("mlp.fc2.weight"):
+            # gelu(h) has a mean, so an error of dy enters its whole row with one sign: plain torch's own mean error
+            # was seen at 14 standard errors. What is independent, as the rule's mean takes it, is rows.
+            judged = compare(*found)
+            assert max(judged.max_ratio, judged.rms_ratio) <= 1, (name, judged)
+            found = tuple(t.to(torch.promote_types(t.dtype, torch.float32)).sum(1) for t in found)
+        assert_no_worse_than_torch(*found, what=f"model.{name}")
 
 
 def test_segments_do_not_see_each_other():
