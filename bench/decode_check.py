@@ -79,6 +79,11 @@ def _emit(work, what: str, kind: str, shape: str, found: dict) -> None:
     work.emit({"kind": "check", "op": what, "provider": "ours", "shape": shape, "dtype": kind} | found)
 
 
+def _refuse_interpreter() -> None:
+    if _host.INTERPRET:
+        raise Unavailable("equal bits need a GPU: the interpreter's products are numpy's, whose bits depend on the shape")
+
+
 def check_rounded(work) -> None:
     """The kernels of int8 and int4 weights against the numbers those stand for, in fp64, by the numerics rule."""
     for kind in ("int8", "int4"):
@@ -98,10 +103,7 @@ def check_rounded(work) -> None:
 
 def check_rows_alone(work) -> None:
     """Each row's bits among others, in every number of rows, are those that it has alone."""
-    if _host.INTERPRET:
-        raise Unavailable(
-            "rows alone need a GPU: the interpreter takes numpy's products, whose bits depend on the shape"
-        )
+    _refuse_interpreter()
     for kind, bits in KINDS.items():
         layer = _Layer(work, bits)
         alone = [torch.cat(parts) for parts in zip(*(layer.run(slice(i, i + 1)) for i in range(ROWS[-1])), strict=True)]
@@ -113,8 +115,9 @@ def check_rows_alone(work) -> None:
 
 def check_graphs(work) -> None:
     """Completions from captured steps, drafts included, are those of steps that are not, bit for bit."""
-    config = _config(work)
-    prompts = [torch.randint(config.vocab, (n,)).tolist() for n in (3, 9, 1, 12, 5)]
+    _refuse_interpreter()
+    config, random = _config(work), torch.Generator().manual_seed(1)
+    prompts = [torch.randint(config.vocab, (n,), generator=random).tolist() for n in (3, 9, 1, 12, 5)]
     options = {"max_new_tokens": 4 if work.dry_run else 48, "seed": 1, "top_k": 40, "stop_ids": ()}
     for kind in KINDS:
         model = random_model(config, work.device, work.dtype).eval().requires_grad_(False)
