@@ -81,7 +81,7 @@ def _emit(work, what: str, kind: str, shape: str, found: dict) -> None:
 
 def _refuse_interpreter() -> None:
     if _host.INTERPRET:
-        raise Unavailable("equal bits need a GPU: the interpreter's products are numpy's, whose bits depend on the shape")
+        raise Unavailable("equal bits need a GPU: bits of the interpreter's products, numpy's, depend on the shape")
 
 
 def check_rounded(work) -> None:

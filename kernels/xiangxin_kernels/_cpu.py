@@ -1,12 +1,15 @@
 """Linear layers for a CPU, fast where it has no bf16 arithmetic, with rows whose bits ignore the batch.
 
 One row against a weight goes at the memory's speed or not, by the layout of the weight and the loop that torch has for
-it. Measured on two AVX2 cores, [1, 2560] x [2560, 17920], 1e9 weights a second (reading alone: 28 GB/s):
+it. Measured on two cores, [1, 2560] x [2560, 17920], 1e9 weights a second, on AVX2 at 28 GB/s and, behind the bar, on
+AVX-512 with bf16 products at 50 GB/s:
 
-    bf16    F.linear 8.6    F.embedding_bag over column blocks 11.2 to 11.8
-    int8    torch._weight_int8pack_mm 12.3    the bag 20.4, 1.1 bytes a weight
-    int4    torch._weight_int4pack_mm_for_cpu 12.7    the bag 6.6
+    bf16    F.linear 8.6    F.embedding_bag over column blocks 11.2 to 11.8  |  16.3, 23.4
+    int8    torch._weight_int8pack_mm 12.3    the bag 20.4, 1.1 bytes a weight  |  the bag 37.7
+    int4    torch._weight_int4pack_mm_for_cpu 12.7    the bag 6.6  |  68.3
     fp32    F.linear 5.2    torch.bmm over chunks of rows 7.1: MKL shares several products well, one badly
+
+There 512 rows take 53.7 ms by a product for each column block, 48.8 by F.linear: the price of the layout.
 
 Column blocks: outputs n, in blocks of a register file's width, are the rows of an embedding table, one row for each
 (block, k); out[block] is then the bag sum over k of x[k] table[block, k], and torch compiles such sums for the CPU it
@@ -73,15 +76,14 @@ def _has_bf16() -> bool:
 def prepack(weight: Weight) -> Weight:
     """`weight` [N, K] laid out anew where this device then decodes faster, else as it came; `linear` takes either.
 
-    On a CPU: a QuantizedWeight becomes a PackedWeight; a bf16 weight, where there is no bf16 arithmetic, column blocks
-    [N/64, K, 64], if 64 divides N.
+    On a CPU: a QuantizedWeight becomes a PackedWeight; a bf16 weight column blocks [N/64, K, 64], if 64 divides N.
     """
     if isinstance(weight, QuantizedWeight):
         if weight.codes.is_cuda or INTERPRET:
             return weight
         return _pack_int8(weight) if weight.bits == 8 else _pack_int4(weight)
     plain = not isinstance(weight, Tensor) or weight.dtype != torch.bfloat16 or weight.dim() != 2
-    if plain or weight.is_cuda or INTERPRET or _has_bf16() or weight.shape[0] % BF16_BLOCK:
+    if plain or weight.is_cuda or INTERPRET or weight.shape[0] % BF16_BLOCK:
         return weight
     return weight.unflatten(0, (-1, BF16_BLOCK)).transpose(1, 2).contiguous()
 
@@ -138,8 +140,8 @@ def kept(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) 
 def linear(x: Tensor, weight: Weight, bias: Tensor) -> Tensor:
     """F.linear of x [..., K] with weight [N, K], in any layout, and bias [N], on any device.
 
-    Without gradients, on a CPU that has no bf16 arithmetic, and with int8 weights on any, the weight is widened block
-    by block into one scratch that the CPU multiplies fast.
+    Without gradients, bf16 weights on a CPU that has no bf16 arithmetic, and int8 weights on any, are widened block by
+    block into one scratch that the CPU multiplies fast.
     """
     if isinstance(weight, QuantizedWeight):
         weight = dequantize(weight, x.dtype)
@@ -149,12 +151,23 @@ def linear(x: Tensor, weight: Weight, bias: Tensor) -> Tensor:
         wide = weight.bits == 8 and rows >= WIDEN_ROWS
         return (_widened(flat, weight, bias) if wide else linear_rows(flat, weight, bias)).view(*x.shape[:-1], -1)
     records = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    plain = x.is_cuda or x.dtype != torch.bfloat16 or records or torch.compiler.is_compiling() or _has_bf16()
-    if plain or (rows < WIDEN_ROWS and weight.dim() == 2):
+    plain = x.is_cuda or x.dtype != torch.bfloat16 or records or torch.compiler.is_compiling()
+    if plain or (weight.dim() == 2 and (_has_bf16() or rows < WIDEN_ROWS)):
         return F.linear(x, unpacked(weight), bias)
     flat = x.reshape(rows, -1)
-    out = _widened(flat, weight, bias) if rows >= WIDEN_ROWS else linear_rows(flat, weight, bias)
+    if rows == 1 or (rows < WIDEN_ROWS and not _has_bf16()):
+        out = linear_rows(flat, weight, bias)
+    else:
+        out = _by_blocks(flat, weight, bias) if _has_bf16() else _widened(flat, weight, bias)
     return out.view(*x.shape[:-1], -1)
+
+
+def _by_blocks(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x [M, K] times column blocks, on a CPU that multiplies bf16."""
+    out = x.new_empty(len(x), weight_shape(weight)[0])
+    for block, columns in zip(weight, out.split(weight.shape[2], dim=1), strict=True):
+        torch.mm(x, block, out=columns)
+    return out.add_(bias)
 
 
 def _widened(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor) -> Tensor:
