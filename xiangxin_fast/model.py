@@ -91,7 +91,7 @@ class Phi(nn.Module):
     def prepack(self) -> "Phi":
         """Lays the weights out anew, one at a time, where this device then decodes faster; their values stay.
 
-        On a CPU bf16 matrices become column blocks [N/64, K, 64]: parameters as before, but in another shape.
+        On a CPU bf16 matrices become column blocks [N/64, K, 64] (or 512): parameters as before, in another shape.
         """
         owners = [(block, name) for block in self.blocks for name in ("w_in", "w_out")]
         for module, name in owners if self.config.tied_head else [*owners, (self, "head_w")]:

@@ -9,7 +9,7 @@ AVX-512 with bf16 products at 50 GB/s:
     int4    torch._weight_int4pack_mm_for_cpu 12.7    the bag 6.6  |  68.3
     fp32    F.linear 5.2    torch.bmm over chunks of rows 7.1: MKL shares several products well, one badly
 
-There 512 rows take 53.7 ms by a product for each column block, 48.8 by F.linear: the price of the layout.
+There 512 rows take 55 ms by a product for each column block, 52 by F.linear: the price of the layout.
 
 Column blocks: outputs n, in blocks of a register file's width, are the rows of an embedding table, one row for each
 (block, k); out[block] is then the bag sum over k of x[k] table[block, k], and torch compiles such sums for the CPU it
@@ -34,7 +34,9 @@ from .quantized import QuantizedWeight, dequantize
 WIDEN_ELEMENTS = 1 << 24
 WIDEN_ROWS = 16
 
-BF16_BLOCK, INT8_BLOCK = 64, 80  # outputs in a column block, where wider ones leave the registers
+# Outputs in a column block. Wider ones leave the registers; but where the CPU multiplies bf16 a row is no slower for it,
+# and many rows are faster: on two cores 32 rows take 16 ms in blocks of 64, 8 in blocks of 512, 6 by F.linear.
+BF16_BLOCK, WIDE_BF16_BLOCK, INT8_BLOCK = 64, 512, 80
 INT8_ZERO = 128  # the table's bytes are unsigned
 INT4_ROWS = 16  # what torch's int4 weights must be a multiple of
 ROW_CHUNKS = 16  # of an fp32 weight; a constant, so that the number of threads changes no bits
@@ -76,16 +78,18 @@ def _has_bf16() -> bool:
 def prepack(weight: Weight) -> Weight:
     """`weight` [N, K] laid out anew where this device then decodes faster, else as it came; `linear` takes either.
 
-    On a CPU: a QuantizedWeight becomes a PackedWeight; a bf16 weight column blocks [N/64, K, 64], if 64 divides N.
+    On a CPU: a QuantizedWeight becomes a PackedWeight; a bf16 weight column blocks [N/64, K, 64], or of 512 where the CPU
+    multiplies bf16, if that divides N.
     """
     if isinstance(weight, QuantizedWeight):
         if weight.codes.is_cuda or INTERPRET:
             return weight
         return _pack_int8(weight) if weight.bits == 8 else _pack_int4(weight)
     plain = not isinstance(weight, Tensor) or weight.dtype != torch.bfloat16 or weight.dim() != 2
-    if plain or weight.is_cuda or INTERPRET or weight.shape[0] % BF16_BLOCK:
+    block = WIDE_BF16_BLOCK if _has_bf16() else BF16_BLOCK
+    if plain or weight.is_cuda or INTERPRET or weight.shape[0] % block:
         return weight
-    return weight.unflatten(0, (-1, BF16_BLOCK)).transpose(1, 2).contiguous()
+    return weight.unflatten(0, (-1, block)).transpose(1, 2).contiguous()
 
 
 def _pack_int8(weight: QuantizedWeight) -> PackedWeight:
