@@ -34,8 +34,8 @@ from .quantized import QuantizedWeight, dequantize
 WIDEN_ELEMENTS = 1 << 24
 WIDEN_ROWS = 16
 
-# Outputs in a column block. Wider ones leave the registers; but where the CPU multiplies bf16 a row is no slower for it,
-# and many rows are faster: on two cores 32 rows take 16 ms in blocks of 64, 8 in blocks of 512, 6 by F.linear.
+# Outputs in a column block. Wider ones leave the registers; but where the CPU multiplies bf16 one row is no slower for
+# it, and many are faster: on two cores 32 rows take 16 ms in blocks of 64, 8 in blocks of 512, 6 by F.linear.
 BF16_BLOCK, WIDE_BF16_BLOCK, INT8_BLOCK = 64, 512, 80
 INT8_ZERO = 128  # the table's bytes are unsigned
 INT4_ROWS = 16  # what torch's int4 weights must be a multiple of
@@ -78,8 +78,8 @@ def _has_bf16() -> bool:
 def prepack(weight: Weight) -> Weight:
     """`weight` [N, K] laid out anew where this device then decodes faster, else as it came; `linear` takes either.
 
-    On a CPU: a QuantizedWeight becomes a PackedWeight; a bf16 weight column blocks [N/64, K, 64], or of 512 where the CPU
-    multiplies bf16, if that divides N.
+    On a CPU: a QuantizedWeight becomes a PackedWeight; a bf16 weight column blocks [N/64, K, 64], or of 512 where the
+    CPU multiplies bf16, if that divides N.
     """
     if isinstance(weight, QuantizedWeight):
         if weight.codes.is_cuda or INTERPRET:
