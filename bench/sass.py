@@ -164,7 +164,8 @@ class Counts:
     convert: int = 0
     mufu: int = 0
     shuffle: int = 0
-    lsu: int = 0
+    shared: int = 0  # instructions that touch shared memory, matrix loads included
+    global_: int = 0  # ... and global memory; LDGSTS, which touches both, is here
     shared_bytes: int = 0
     global_load_bytes: Counter = field(default_factory=Counter)  # width in bits -> bytes
     global_store_bytes: Counter = field(default_factory=Counter)
@@ -173,6 +174,11 @@ class Counts:
     spill_loads: int = 0
     spill_stores: int = 0
     register_requests: int = 0  # USETMAXREG: warp specialization really happened
+
+    @property
+    def lsu(self) -> int:
+        """What passes through the load-store units, spills included."""
+        return self.shared + self.global_ + self.spill_loads + self.spill_stores
 
     @property
     def wide_fraction(self) -> float:
@@ -232,12 +238,11 @@ def count(instructions) -> Counts:
         elif base in ("STL", "LDL"):
             c.spill_stores += base == "STL"
             c.spill_loads += base == "LDL"
-            c.lsu += 1
         elif base in _SHARED:
-            c.lsu += 1
+            c.shared += 1
             c.shared_bytes += _shared_bytes(i)
         elif base in _GLOBAL:
-            c.lsu += 1
+            c.global_ += 1
             moved = c.global_store_bytes if base in ("STG", "ST", "RED") else c.global_load_bytes
             moved[_width(i)] += 4 * _width(i)
             c.shared_bytes += 4 * _width(i) if base == "LDGSTS" else 0

@@ -1,9 +1,10 @@
 """`python -m bench.static`: what the compiler makes of every kernel config, and how fast it could be. Needs no GPU.
 
 Columns: registers; shared memory; warps of a block x blocks an SM holds; spills (STL, LDL) in the hot loops and
-elsewhere; instructions of the hot loop (special functions, FP32, integer); matrix FLOPs issued per useful one; share of
-the bytes that move 16 at a time; bytes an SM has under way; bulk copies; cycles of one pass on the tensor cores and on
-the busiest pipe; and for the launch at the Phi shape the roofline's floor, the bound, what to expect, floor / bound.
+elsewhere; instructions of the hot loop (special functions, FP32, integer, shared memory, global memory); matrix FLOPs
+issued per useful one; share of the bytes that move 16 at a time; bytes an SM has under way; bulk copies; cycles of one
+pass on the tensor cores and on the busiest pipe; and for the launch at the Phi shape the roofline's floor, the bound,
+what to expect, floor / bound.
 
 How far to trust it. The counts are facts, the bound holds as far as the rates in `bench.roofline` do (its sources are
 there). The expected time is a model with one fitted constant, held against what others published (`static_checks.py`
@@ -95,7 +96,7 @@ def _cells(row: Row, name: str) -> list[str]:
         f"{row.shared / 1024:.0f}",
         f"{row.warps} x {row.blocks_per_sm}",
         f"{row.spills_in_loop} / {row.spills_elsewhere}",
-        f"{i['all']}: {i['mufu']} {i['fp32']} {i['int']}",
+        f"{i['all']}: {i['mufu']} {i['fp32']} {i['int']} {i['shared']} {i['global']}",
         f"{row.flops_ratio:.2f}" if row.flops_ratio else "",
         f"{row.wide_fraction:.2f}",
         f"{row.in_flight / 1024:.0f}",
@@ -116,8 +117,8 @@ def table(results: dict[Job, list[Row] | CompileError]) -> Table:
     for name in ("kernel", "arch", "config"):
         out.add_column(name, overflow="fold")
     for name in (
-        "regs", "smem KB", "warps x blocks", "spills loop / else", "instr: mufu fp32 int", "issued / useful", "wide",
-        "KB in flight", "bulk", "tensor", "busiest pipe", "floor us", "bound us", "expected us", "at most",
+        "regs", "smem KB", "warps x blocks", "spills loop / else", "instr: mufu fp32 int smem gmem", "issued / useful",
+        "wide", "KB in flight", "bulk", "tensor", "busiest pipe", "floor us", "bound us", "expected us", "at most",
     ):  # fmt: skip
         out.add_column(name, justify="right")
     for job, rows in results.items():

@@ -172,6 +172,7 @@ def test_counts_of_a_listing():
     assert counts.tensor == {"HMMA.16816": 1}
     assert counts.flops == 2 * 16 * 8 * 16
     assert (counts.spill_stores, counts.spill_loads) == (1, 0)
+    assert (counts.shared, counts.global_, counts.lsu) == (1, 2, 4)
     assert counts.global_load_bytes == {128: 512}
     assert counts.global_store_bytes == {32: 128}
     assert counts.wide_fraction == 512 / 640
