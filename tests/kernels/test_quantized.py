@@ -106,10 +106,12 @@ class TestQuantize:
             quantize(torch.zeros(shape), *arguments)
 
 
-def test_column_blocks_hold_the_same_numbers():
-    weight = noise(128, 48).bfloat16()
+@pytest.mark.parametrize(("has_bf16", "shape"), [(False, (16, 48, 64)), (True, (2, 48, 512))])
+def test_column_blocks_hold_the_same_numbers(has_bf16, shape, monkeypatch):
+    monkeypatch.setattr(_cpu, "_has_bf16", lambda: has_bf16)
+    weight = noise(1024, 48).bfloat16()
     packed = prepack(weight)
-    assert packed.shape == (2, 48, 64)
+    assert packed.shape == shape
     assert torch.equal(unpacked(packed), weight)
     assert prepack(packed) is packed
 
@@ -128,6 +130,7 @@ class TestLinear:
     @pytest.mark.parametrize("rows", [1, 5, _cpu.WIDEN_ROWS + 1])
     def test_numerics(self, layout, shape, rows, has_bf16, monkeypatch):
         monkeypatch.setattr(_cpu, "_has_bf16", lambda: has_bf16)
+        monkeypatch.setattr(_cpu, "WIDE_BF16_BLOCK", 160)  # two of them in 320 rows
         monkeypatch.setattr(_cpu, "WIDEN_ELEMENTS", 2 * 80 * shape[1])  # several blocks, the last one smaller
         dtype = torch.float32 if "fp32" in layout else torch.bfloat16
         x, bias = noise(rows, shape[1], seed=1).to(dtype), noise(shape[0], seed=2).to(dtype)
