@@ -7,8 +7,8 @@ done again, and the bytes that come out are those of a run that was left alone, 
 Memory does not depend on the size of the input. A process holds one batch and one segment, then one range of hashes,
 then one batch being encoded: 0.2 to 0.5 GB. A record of MAX_RECORD_BYTES, 4 MiB, adds to that while it is encoded: 0.7
 GB of Chinese and 1.1 GB of Chinese mixed with digits in all, with 300 tokens, with which it has the most of them.
-Learning a tokenizer takes 0.9 GB. The parent holds a byte per document. A corpus of 1 GB with two processes and 51,200
-tokens peaks at 1.0 GB in all (bench/results/cpu-prepare-whole.json).
+Learning a tokenizer takes 0.9 GB. The parent holds a byte per document. A corpus of 1 GB with 51,200 tokens peaks at
+1.3 GB in all with two processes, 1.1 GB with one (bench/results/cpu-prepare-whole.json).
 Disk: the clean text, compressed, and the signatures (duplicates.py), until the run is complete.
 """
 
