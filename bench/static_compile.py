@@ -141,7 +141,8 @@ def capture(job: Job) -> list[Launch]:
         arguments = {**bound.arguments, **options, "grid": programs}
         if self.__name__ in case.work:
             compile_it = functools.partial(original, self, *args, grid=grid, warmup=True, **kwargs)
-            launches.append(Launch(self, arguments, dataclasses.asdict(used[-1]), compile_it))
+            config = dataclasses.asdict(used[-1]) if used else {}  # not every launch has one
+            launches.append(Launch(self, arguments, config, compile_it))
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype)  # address space, not memory: nothing touches it

@@ -38,9 +38,7 @@ def _cases(op: str, kernel: str, tensors: Callable, launch: Callable, moved: Cal
     module = kernel_file("decode")
 
     def case(B: int, bits: int) -> Case:
-        chosen = {arch: choose_decode(B, arch) for arch in ARCHS}
-        # choose_decode does not ask for the bits of a weight: bf16's candidates decide for all.
-        candidates = [(16, 4), (32, 4), (32, 8), (64, 8)] if bits == 16 else []
+        chosen = {arch: choose_decode(B, bits, arch) for arch in ARCHS}
         return Case(
             name=f"{op}/{kernel}_{B}" + ("" if bits == 16 else f"_int{bits}"),
             module=module,
@@ -49,7 +47,7 @@ def _cases(op: str, kernel: str, tensors: Callable, launch: Callable, moved: Cal
             launch=launch,
             work={f"_decode_{kernel}_kernel": Work(bytes=moved(B, bits))},
             candidates={
-                arch: tuple(replace(chosen[arch], block_n=n, num_warps=w) for n, w in candidates) for arch in ARCHS
+                arch: tuple(replace(chosen[arch], block_n=block_n) for block_n in (16, 32, 64)) for arch in ARCHS
             },
         )
 

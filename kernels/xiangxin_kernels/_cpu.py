@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._host import INTERPRET
-from .quantized import QuantizedWeight, dequantize
+from .quantized import QuantizedWeight, dequantize, int4_codes
 
 # Elements of one widened block (64 MiB of fp32; smaller ones are no faster, and each ends in barriers) and the
 # fewest rows for which widening pays. On one AVX2 core, [M, 2560] x [2560, 17920]: 512 rows take 0.8 s widened and
@@ -102,12 +102,11 @@ def _pack_int8(weight: QuantizedWeight) -> PackedWeight:
 
 
 def _pack_int4(weight: QuantizedWeight) -> PackedWeight:
-    N, K = weight.shape
-    padding = (0, 0, 0, -N % INT4_ROWS)
-    codes = F.pad(torch.stack([weight.codes & 15, weight.codes >> 4], dim=2).view(N, K).int(), padding)
+    padding = (0, 0, 0, -len(weight.codes) % INT4_ROWS)
+    codes = F.pad(int4_codes(weight).int(), padding)
     scale = F.pad(weight.scale, padding)
     scale = torch.stack([scale, torch.zeros_like(scale)], dim=2).transpose(0, 1).contiguous()
-    return PackedWeight(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), scale, N)
+    return PackedWeight(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), scale, len(weight.codes))
 
 
 def weight_shape(weight: Weight) -> torch.Size:

@@ -169,6 +169,11 @@ def choose_elementwise(epilogue: str, arch: int) -> ElementwiseConfig:
     return ElementwiseConfig(block_m=64 if epilogue == "dgelu" else 16, block_n=128, num_warps=4)
 
 
+# Of decode's products and their LayerNorm. Not tuned: a row's bits depend on it, and it makes the slices of a step the
+# warps' own.
+DECODE_WARPS = 4
+
+
 @dataclass(frozen=True)
 class DecodeConfig:
     """A matrix-vector product of decode: BLOCK_N rows of the weight a program, up to `rows` rows of x.
@@ -178,15 +183,17 @@ class DecodeConfig:
 
     rows: int
     block_n: int
-    num_warps: int
     norm: bool
 
 
-def choose_decode(B: int, arch: int) -> DecodeConfig:
-    """Static: the programs of a Phi layer fit the SMs at once, or nearly. No number here enters the bits of a row."""
+def choose_decode(B: int, bits: int, arch: int) -> DecodeConfig:
+    """Static: the programs of a Phi layer fit the SMs at once, or nearly. No number here enters the bits of a row.
+
+    Weights of 4 bits are read sooner than a program could normalise 8 rows.
+    """
     if B <= 8:
-        return DecodeConfig(rows=8, block_n=32, num_warps=4, norm=True)
-    return DecodeConfig(rows=32, block_n=32, num_warps=4, norm=False)
+        return DecodeConfig(rows=8, block_n=32, norm=bits != 4)
+    return DecodeConfig(rows=32, block_n=32, norm=False)
 
 
 @dataclass(frozen=True)

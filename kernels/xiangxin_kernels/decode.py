@@ -30,10 +30,10 @@ from ._decode_gemv import (
     _decode_project_out_kernel,
 )
 from ._host import INTERPRET, as_rows, check, check_dtypes, kernel_op, use_triton
-from ._tuning import arch_of, choose_decode, choose_decode_attention
+from ._tuning import DECODE_WARPS, arch_of, choose_decode, choose_decode_attention
 from .layer_norm import layer_norm_ref
 from .parallel_block import split_projection
-from .quantized import GROUPS, QuantizedWeight, dequantize
+from .quantized import GROUPS, QuantizedWeight, dequantize, int4_run
 
 MAX_ROWS = 32  # of one product's launch
 
@@ -88,13 +88,24 @@ def _parts(weight: Weight) -> tuple[Tensor, Tensor | None]:
     return (weight, None) if isinstance(weight, Tensor) else weight
 
 
+def _bits(w: Tensor) -> int:
+    return 4 if w.dtype == torch.uint8 else 8 * w.dtype.itemsize
+
+
 def _layout(w: Tensor, scale: Tensor | None, K: int) -> dict[str, int]:
-    """How a weight [N, K] lies in memory, and how a step of K is cut: a row's bits depend on it."""
-    if w.dtype == torch.uint8:
-        group = K // scale.shape[1]
-        return {"BITS": 4, "GROUP": group, "SLICES": 256 // group, "BLOCK_K": group, "DEPTH": 4, "PIN": not INTERPRET}
-    bits = 8 if w.dtype == torch.int8 else 16
-    return {"BITS": bits, "GROUP": 0, "SLICES": 4, "BLOCK_K": 64, "DEPTH": 16 // bits, "PIN": not INTERPRET}
+    """How a weight [N, K] lies in memory, and how a step of K is cut: a row's bits depend on it.
+
+    A slice of a step is 64 bytes of each row of the weight, 16 for each of four lanes; fewer in short runs of int4.
+    """
+    bits = _bits(w)
+    block_k = int4_run(K) if bits == 4 else 512 // bits
+    group = K // scale.shape[1] if bits == 4 else 0
+    return {"BITS": bits, "GROUP": group, "SLICES": DECODE_WARPS, "BLOCK_K": block_k, "DEPTH": 2, "PIN": not INTERPRET}
+
+
+def _words(w: Tensor) -> Tensor:
+    """What the kernels load: codes in words of 32 bits, other weights as they are."""
+    return w if w.is_floating_point() else w.view(torch.int32)
 
 
 def _split_k(K: int, N: int, w: Tensor, scale: Tensor | None) -> int:
@@ -113,11 +124,9 @@ def _launch_options(num_warps: int, pdl: bool) -> dict[str, int | bool]:
 def _decode_norm(x: Tensor, ln_w: Tensor, ln_b: Tensor, y: Tensor, eps: float) -> None:
     """x, y [B, C]."""
     (B, C), arch = x.shape, arch_of(x.device)
-    config = choose_decode(1, arch)
     _decode_norm_kernel[(B,)](
-        x, ln_w, ln_b, y, x.stride(0), eps, C=C, ROWS=config.rows, PDL=arch >= 90,
-        **_launch_options(config.num_warps, arch >= 90),
-    )  # fmt: skip
+        x, ln_w, ln_b, y, x.stride(0), eps, C=C, PDL=arch >= 90, **_launch_options(DECODE_WARPS, arch >= 90)
+    )
 
 
 @kernel_op(mutates=("q", "k_cache", "v_cache", "z", "counters"))
@@ -132,14 +141,14 @@ def _decode_project_in(
     """
     B, C = x.shape
     N, arch = w_in.shape[0], arch_of(x.device)
-    config = choose_decode(B, arch)
+    config = choose_decode(B, _bits(w_in), arch)
     programs = math.ceil(N / config.block_n)
     _decode_project_in_kernel[(programs,)](
-        x, ln_w, ln_b, w_in, scale, b_in, cos, sin, positions, slots, q, k_cache, v_cache, z, counters,
+        x, ln_w, ln_b, _words(w_in), scale, b_in, cos, sin, positions, slots, q, k_cache, v_cache, z, counters,
         x.stride(0), k_cache.stride(0), k_cache.stride(1), z.stride(0), B, N, counters.numel(), eps,
         C=C, D=C // heads, R=2 * cos.shape[1], **_layout(w_in, scale, C), NORM=config.norm, BLOCK_N=config.block_n,
         ROWS=config.rows, ZEROS=1 << (math.ceil(counters.numel() / programs) - 1).bit_length(), PDL=arch >= 90,
-        **_launch_options(config.num_warps, arch >= 90),
+        **_launch_options(DECODE_WARPS, arch >= 90),
     )  # fmt: skip
 
 
@@ -168,11 +177,11 @@ def _decode_project_out(
 ) -> None:  # fmt: skip
     """out [B, C] = x + z w_out^T + both biases; partial [splits, B, C] fp32; counters zero, one for each tile of C."""
     (B, K), N, arch = z.shape, x.shape[1], arch_of(x.device)
-    config = choose_decode(B, arch)
+    config = choose_decode(B, _bits(w_out), arch)
     _decode_project_out_kernel[(math.ceil(N / config.block_n), partial.shape[0])](
-        z, w_out, scale, b_out, x, out, partial, counters, z.stride(0), x.stride(0), B, N,
+        z, _words(w_out), scale, b_out, x, out, partial, counters, z.stride(0), x.stride(0), B, N,
         K=K, SPLIT_K=_split_k(K, N, w_out, scale), **_layout(w_out, scale, K), BLOCK_N=config.block_n,
-        ROWS=config.rows, PDL=arch >= 90, **_launch_options(config.num_warps, arch >= 90),
+        ROWS=config.rows, PDL=arch >= 90, **_launch_options(DECODE_WARPS, arch >= 90),
     )  # fmt: skip
 
 
@@ -183,11 +192,11 @@ def _decode_head(
 ) -> None:  # fmt: skip
     """x [B, C], as _decode_project_in takes it; logits [B, V] fp32."""
     (B, C), N, arch = x.shape, logits.shape[1], arch_of(x.device)
-    config = choose_decode(B, arch)
+    config = choose_decode(B, _bits(head_w), arch)
     _decode_head_kernel[(math.ceil(N / config.block_n),)](
-        x, ln_w, ln_b, head_w, scale, head_b, logits, x.stride(0), B, N, eps,
+        x, ln_w, ln_b, _words(head_w), scale, head_b, logits, x.stride(0), B, N, eps,
         C=C, **_layout(head_w, scale, C), NORM=config.norm, BLOCK_N=config.block_n, ROWS=config.rows, PDL=arch >= 90,
-        **_launch_options(config.num_warps, arch >= 90),
+        **_launch_options(DECODE_WARPS, arch >= 90),
     )  # fmt: skip
 
 
@@ -198,6 +207,8 @@ def _check_weight(op: str, name: str, weight: Weight, rows: int, columns: int) -
     check(w.is_contiguous(), f"{op}: expected {name} contiguous, got strides {w.stride()}")
     if scale is not None:
         check(scale.is_contiguous(), f"{op}: expected the scale of {name} contiguous, got strides {scale.stride()}")
+        whole = weight.bits == 4 or columns % 4 == 0
+        check(whole, f"{op}: expected a multiple of 4 columns in {name}, got {columns}")
         known = weight.bits == 8 or weight.group in GROUPS
         check(known, f"{op}: expected {name} in groups of 32, 64 or 128, got {weight.group}")
 
@@ -235,9 +246,9 @@ def _check_kernel_caches(op: str, k_cache: Tensor, v_cache: Tensor) -> None:
     check(fits, f"{op}: expected k_cache and v_cache with equal strides and whole [H, D], got {k_cache.stride()}")
 
 
-def _normalized(x: Tensor, ln_w: Tensor, ln_b: Tensor, eps: float) -> Tensor:
-    """What the products read of x: itself where they normalise its rows themselves."""
-    if choose_decode(len(x), arch_of(x.device)).norm:
+def _normalized(x: Tensor, ln_w: Tensor, ln_b: Tensor, eps: float, w: Tensor) -> Tensor:
+    """What the product with `w` reads of x: itself where that normalises its rows itself."""
+    if choose_decode(len(x), _bits(w), arch_of(x.device)).norm:
         return x
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _decode_norm(x, ln_w, ln_b, y, eps)
@@ -282,12 +293,14 @@ def _decode_block_kernels(
     groups = [slice(start, min(start + MAX_ROWS, B)) for start in range(0, B, MAX_ROWS)]
     if slots is None and len(groups) > 1:
         slots = torch.arange(B, device=device)
-    tiles = math.ceil(C / min(choose_decode(rows.stop - rows.start, arch_of(device)).block_n for rows in groups))
+    tiles = math.ceil(
+        C / min(choose_decode(rows.stop - rows.start, _bits(w_out[0]), arch_of(device)).block_n for rows in groups)
+    )
     counters = torch.empty(B * heads + len(groups) * tiles, dtype=torch.int32, device=device)
     q, z, out = x.new_empty(B, C), x.new_empty(B, K), x.new_empty(B, C)
     w_in, w_out = _parts(w_in), _parts(w_out)
     for rows in groups:
-        y, place = _normalized(x[rows], ln_w, ln_b, eps), None if slots is None else slots[rows]
+        y, place = _normalized(x[rows], ln_w, ln_b, eps, w_in[0]), None if slots is None else slots[rows]
         _decode_project_in(
             y, ln_w, ln_b, *w_in, b_in, cos, sin, positions[rows], place, q[rows], k_cache, v_cache, z[rows], counters,
             heads, eps,
@@ -368,8 +381,10 @@ def decode_head(x: Tensor, ln_w: Tensor, ln_b: Tensor, head_w: Weight, head_b: T
     _check_weight(op, "head_w", head_w, V, C)
     dense = {"head_w": head_w} if isinstance(head_w, Tensor) else {}
     check_dtypes(op, x=x, ln_w=ln_w, ln_b=ln_b, head_b=head_b, **dense)
+    parts = _parts(head_w)
     x, logits = as_rows(x), torch.empty(B, V, dtype=torch.float32, device=x.device)
     for start in range(0, B, MAX_ROWS):
         rows = slice(start, start + MAX_ROWS)
-        _decode_head(_normalized(x[rows], ln_w, ln_b, eps), ln_w, ln_b, *_parts(head_w), head_b, logits[rows], eps)
+        y = _normalized(x[rows], ln_w, ln_b, eps, parts[0])
+        _decode_head(y, ln_w, ln_b, *parts, head_b, logits[rows], eps)
     return logits

@@ -7,7 +7,7 @@ A scale is rounded to bf16 before the codes are chosen by it. Int8's takes the l
 to 127; int4's takes the number of largest magnitude in the group, with its sign, to -8, so that all 16 codes are used.
 
 Shapes    int8: codes int8 [N, K], scale bf16 [N]
-          int4: codes uint8 [N, K/2], element 2j in the low four bits, 2j+1 in the high; scale bf16 [N, K/group]
+          int4: codes uint8 [N, K/2], in the order of `_int4_order`; scale bf16 [N, K/group]
 Source    Gerganov et al. 2023, llama.cpp, for the signed scale of 4 bits
 """
 
@@ -44,6 +44,30 @@ class QuantizedWeight(NamedTuple):
         return torch.Size((N, columns * 8 // self.bits))
 
 
+def int4_run(K: int) -> int:
+    """Columns that `_int4_order` mixes: 128, or 64 or 32 where those divide K and more do not."""
+    return next(run for run in (128, 64, 32) if K % run == 0)
+
+
+def _int4_order(numbers: Tensor) -> Tensor:
+    """numbers [N, K] in the order in which 4-bit codes are stored: the low four bits of a byte before the high ones.
+
+    That of a tensor core's operand. In a run of 32 n columns a lane of four owns n words: columns 8 lane .. 8 lane + 7
+    of each 32. A word, little-endian, holds four even columns and then the four odd ones, so that one mask takes
+    neighbours out of it.
+    """
+    N, K = numbers.shape
+    run = int4_run(K)
+    return numbers.view(N, K // run, run // 32, 4, 4, 2).permute(0, 1, 3, 2, 5, 4).reshape(N, K)
+
+
+def _int4_columns(stored: Tensor) -> Tensor:
+    """stored [N, K] back in the order of the columns."""
+    N, K = stored.shape
+    run = int4_run(K)
+    return stored.view(N, K // run, 4, run // 32, 2, 4).permute(0, 1, 3, 2, 5, 4).reshape(N, K)
+
+
 def default_group(K: int) -> int:
     """The group of an int4 weight with K columns unless another is asked for. ValueError where none divides K."""
     check(K % 32 == 0, f"quantize: expected a multiple of 32 columns for 4 bits, got {K}")
@@ -72,8 +96,13 @@ def quantize(weight: Tensor, bits: int, group: int | None = None) -> QuantizedWe
     wide = wide.view(N, K // group, group)
     extreme = wide.gather(2, wide.abs().argmax(2, keepdim=True))
     scale = (extreme / -8).bfloat16()
-    codes = (_nearest(wide, scale, -8, 7) + 8).to(torch.uint8).view(N, K // 2, 2)
+    codes = _int4_order((_nearest(wide, scale, -8, 7) + 8).to(torch.uint8).view(N, K)).view(N, K // 2, 2)
     return QuantizedWeight(codes[..., 0] | codes[..., 1] << 4, scale.view(N, K // group))
+
+
+def int4_codes(weight: QuantizedWeight) -> Tensor:
+    """Those of 4 bits one by one, uint8 [N, K], in the order of the columns."""
+    return _int4_columns(torch.stack([weight.codes & 15, weight.codes >> 4], dim=2).flatten(1))
 
 
 def _nearest(values: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
@@ -88,5 +117,5 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     exact = torch.promote_types(dtype, torch.float32)
     if weight.bits == 8:
         return (codes.to(exact) * scale[:, None]).to(dtype)
-    signed = torch.stack([codes & 15, codes >> 4], dim=2).to(exact).sub_(8)
+    signed = int4_codes(weight).to(exact).sub_(8)
     return (signed.view(*scale.shape, weight.group) * scale[..., None]).to(dtype).view(weight.shape)

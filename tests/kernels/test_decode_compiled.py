@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from xiangxin_kernels._decode_gemv import _row_statistics
+from xiangxin_kernels._decode_gemv import _row_statistics, _statistics
+from xiangxin_kernels._tuning import DECODE_WARPS
 
 from bench import roofline, sass, static, static_decode
 from bench.static_compile import Compiled, Job, compile_all, compile_job
@@ -32,27 +33,53 @@ def _of(compiled: dict[Job, Compiled], arch: int, part: str) -> dict[str, Compil
 
 @triton.jit
 def _statistics_kernel(x_ptr, out_ptr, stride, rows, C: tl.constexpr, ROWS: tl.constexpr):
-    offs_b = tl.arange(0, ROWS)
-    mean, rstd = _row_statistics(x_ptr, stride, offs_b, offs_b < rows, 1e-5, C, ROWS)
+    offs_b = tl.arange(0, 8)
+    if ROWS == 0:
+        mean, rstd = _row_statistics(x_ptr, 1e-5, C)
+        mean, rstd = tl.where(offs_b == 0, mean, 0.0), tl.where(offs_b == 0, rstd, 0.0)
+    else:
+        mean, rstd = _statistics(x_ptr, stride, offs_b, rows, 1e-5, C, 8)
     tl.store(out_ptr + offs_b, mean)
-    tl.store(out_ptr + ROWS + offs_b, rstd)
+    tl.store(out_ptr + 8 + offs_b, rstd)
 
 
 def test_sums_over_a_row_lie_in_the_same_lanes_whatever_the_rows():
+    """Of one row in a program of its own (ROWS 0), of one row, of several."""
     along_a_row = set()
-    for ROWS in (8, 32):
-        constants = {"C": 512, "ROWS": ROWS}
+    for constants in ({"ROWS": 0}, {"ROWS": 8, "rows": 1}, {"ROWS": 8}):
+        constants = {"C": 2560, **constants}
         signature = {"x_ptr": "*bf16", "out_ptr": "*fp32", "stride": "i32", "rows": "i32"}
         attributes = {(i,): [["tt.divisibility", 16]] for i in range(3)}
         source = ASTSource(_statistics_kernel, signature | dict.fromkeys(constants, "constexpr"), constants, attributes)
-        kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+        kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": DECODE_WARPS})
         ttgir = kernel.asm["ttgir"]
-        reduced = set(re.findall(rf'"tt.reduce".*?\(tensor<{ROWS}x128xf32, (#\w+)>\)', ttgir, re.S))
+        reduced = re.findall(r'"tt.reduce".*?\(tensor<1024xf32, (#\w+)>\) -> f32', ttgir, re.S)
+        assert len(reduced) == 3, ttgir
         for name in reduced:
             fields = re.search(rf"^{name} = #ttg.blocked<{{(.*?)}}>", ttgir, re.M)[1]
-            values = re.findall(r"(sizePerThread|threadsPerWarp|warpsPerCTA) = \[\d+, (\d+)\]", fields)
+            values = re.findall(r"(sizePerThread|threadsPerWarp|warpsPerCTA) = \[(\d+)\]", fields)
             along_a_row.add(tuple(values))
-    assert along_a_row == {(("sizePerThread", "8"), ("threadsPerWarp", "16"), ("warpsPerCTA", "1"))}
+    assert along_a_row == {(("sizePerThread", "8"), ("threadsPerWarp", "32"), ("warpsPerCTA", "4"))}
+
+
+def _exchanges(opcodes: list[str]) -> Counter:
+    """What takes a number from one thread to another between the first product and the last."""
+    products = [n for n, opcode in enumerate(opcodes) if opcode.startswith("HMMA")]
+    between = [opcode.partition(".")[0] for opcode in opcodes[products[0] : products[-1]]]
+    return Counter(opcode for opcode in between if opcode in ("LDS", "LDSM", "SHFL", "MOVM"))
+
+
+def test_weights_and_x_stay_in_the_threads_that_load_them(compiled):
+    for job, kernel in compiled.items():
+        if "norm" not in job.case:
+            assert not _exchanges(_opcodes(kernel)), job
+
+
+@pytest.mark.parametrize("exchange", ["LDSM.16.M88.4", "LDS.64", "SHFL.IDX"])
+def test_an_exchange_would_be_noticed(exchange):
+    product = "HMMA.16816.F32.BF16"
+    assert not _exchanges([exchange, product, "LDG.E.128", product, exchange])
+    assert _exchanges([product, exchange, product])
 
 
 def test_every_number_of_rows_takes_the_same_tensor_core_instruction(compiled):

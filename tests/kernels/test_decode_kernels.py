@@ -105,9 +105,21 @@ def test_quantized_weights(dtype, bits, group):
     """Against the same layer with dequantized weights."""
     inputs = block_inputs(dtype, torch.arange(5), H=2, D=64, hidden=256, S=6)
     check_block(quantized(inputs, bits, group, "w_in", "w_out"))
-    shapes = {"x": (5, 256), "ln_w": (256,), "ln_b": (256,), "head_w": (40, 256), "head_b": (40,)}
-    inputs = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
-    check_op(decode_head, decode_head_ref, quantized(inputs, bits, group, "head_w"), wrt=())
+
+
+@pytest.mark.parametrize("K", [96, 192, 2048])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_head(bits, K):
+    """Columns in runs of 32, 64 and 128; less than a step of them, and four."""
+    shapes = {"x": (3, K), "ln_w": (K,), "ln_b": (K,), "head_w": (40, K), "head_b": (40,)}
+    inputs = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+    check_op(decode_head, decode_head_ref, quantized(inputs, bits, None, "head_w"), wrt=())
+
+
+def test_eight_bits_need_whole_words():
+    inputs = {"x": torch.ones(1, 30), "ln_w": torch.ones(30), "ln_b": torch.ones(30), "head_b": torch.ones(8)}
+    with pytest.raises(ValueError, match="decode_head: expected a multiple of 4 columns in head_w, got 30"):
+        decode_head(**inputs, head_w=quantize(torch.ones(8, 30), 8))
 
 
 @pytest.fixture
@@ -178,7 +190,7 @@ class TestRows:
         layout = decode._layout
         inputs = small_block(torch.float32, 5)
         together = appended(decode_block)(**inputs)
-        monkeypatch.setattr(decode, "_layout", lambda *given: layout(*given) | {"BLOCK_K": 16})
+        monkeypatch.setattr(decode, "_layout", lambda *given: layout(*given) | {"BLOCK_K": 32})
         alone = appended(decode_block)(**row_of(inputs, 4, BLOCK_ROWS))
         with pytest.raises(AssertionError, match="differs in"):
             assert_same_bits(alone, [whole[4:5] for whole in together], what="row 4 alone")

@@ -61,16 +61,33 @@ class TestQuantize:
         assert dequantize(QuantizedWeight(codes, scale), torch.float32)[0].tolist() == [-127.0, 0.0, 63.0, 64.0]
 
     def test_four_bits_by_hand(self):
-        """The extreme of each group takes the code 0 whatever its sign; element 2j lies in the low four bits."""
+        """The extreme of each group takes the code 0 whatever its sign; even columns of 8 come before odd ones."""
         weight = torch.zeros(1, 96)
         weight[0, :4] = torch.tensor([-8.0, 7.0, 1.2, -3.0])
         weight[0, 32:35] = torch.tensor([4.0, -3.5, -4.0])
         packed = quantize(weight, 4, 32)
         assert packed.codes.shape == (1, 48)
         assert packed.scale.tolist() == [[1.0, -0.5, 0.0]]
-        assert [hex(byte) for byte in packed.codes[0, :3].tolist()] == ["0xf0", "0x59", "0x88"]
-        assert [hex(byte) for byte in packed.codes[0, 16:18].tolist()] == ["0xf0", "0x8f"]
+        assert [hex(byte) for byte in packed.codes[0, :4].tolist()] == ["0x90", "0x88", "0x5f", "0x88"]
+        assert [hex(byte) for byte in packed.codes[0, 16:20].tolist()] == ["0xf0", "0x88", "0x8f", "0x88"]
         assert dequantize(packed, torch.float32)[0, 32:36].tolist() == [4.0, -3.5, -3.5, 0.0]
+
+    @pytest.mark.parametrize("K", [32, 64, 96, 128, 192, 256])
+    def test_four_bits_lie_as_a_tensor_core_takes_them(self, K):
+        """Word by word: lane l of four has columns 8 l .. 8 l + 7 of each 32, whole runs of 128 columns together."""
+        columns = torch.arange(K)
+        weight = (columns % 16 - 8.0)[None]
+        codes = quantize(weight, 4, 32).codes.view(-1).tolist()
+        found = [nibble for byte in codes for nibble in (byte & 15, byte >> 4)]
+        run = 128 if K % 128 == 0 else 64 if K % 64 == 0 else 32
+        expected = [
+            start + 32 * part + 8 * lane + column
+            for start in range(0, K, run)
+            for lane in range(4)
+            for part in range(run // 32)
+            for column in (0, 2, 4, 6, 1, 3, 5, 7)
+        ]
+        assert found == [column % 16 for column in expected]
 
     @pytest.mark.parametrize(("bits", "group", "codes"), [(8, 256, range(-127, 128)), (4, 64, range(-8, 8))])
     def test_every_number_takes_the_nearest_code(self, bits, group, codes):
