@@ -126,7 +126,7 @@ MUTATIONS = [
         "three_heads",
     ),
     _decode("attention's bias alone", _GEMV, "bias_ptr + N + offs_n", "bias_ptr + offs_n", "three_heads"),
-    _decode("variance about the first mean", _GEMV, "return mean + correction,", "return mean,", "far_from_zero"),
+    _decode("variance about the first mean", _GEMV, "/ C - correction * correction", "/ C", "far_from_zero"),
     _decode(
         "tiles in the wrong order",
         _GEMV,
