@@ -158,7 +158,7 @@ def _for_products(scale, SLICES: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def _row_statistics(x_ptr, eps, C: tl.constexpr):
-    """Mean and 1 / sqrt(variance + eps) of a row as layer_norm.py has them: a second pass corrects the first's mean."""
+    """Mean and 1 / sqrt(variance + eps) of a row, held in registers from the one pass to the other."""
     offs_c = tl.arange(0, STATISTICS_BLOCK)
     parts = (tl.load(x_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32),)
     for start in tl.static_range(STATISTICS_BLOCK, C, STATISTICS_BLOCK):
@@ -168,15 +168,11 @@ def _row_statistics(x_ptr, eps, C: tl.constexpr):
         total += parts[i]
     mean = tl.sum(total, 0) / C
 
-    first = tl.zeros([STATISTICS_BLOCK], tl.float32)
-    second = tl.zeros([STATISTICS_BLOCK], tl.float32)
+    squares = tl.zeros([STATISTICS_BLOCK], tl.float32)
     for i in tl.static_range(0, len(parts)):
         centred = tl.where(offs_c < C - i * STATISTICS_BLOCK, parts[i] - mean, 0.0)
-        first += centred
-        second += centred * centred
-    correction = tl.sum(first, 0) / C
-    var = tl.maximum(tl.sum(second, 0) / C - correction * correction, 0.0)
-    return mean + correction, tl.div_rn(1.0, tl.sqrt_rn(var + eps))
+        squares += centred * centred
+    return mean, tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, 0) / C + eps))
 
 
 @triton.jit
@@ -184,8 +180,9 @@ def _statistics(x_ptr, x_stride_b, offs_b, B, eps, C: tl.constexpr, ROWS: tl.con
     """Those of the rows 0..B-1, [ROWS] each."""
     mean, rstd = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     for row in range(B):
-        row_mean, row_rstd = _row_statistics(x_ptr + row * x_stride_b, eps, C)
+        row_mean, row_rstd = _row_statistics(x_ptr, eps, C)
         mean, rstd = tl.where(offs_b == row, row_mean, mean), tl.where(offs_b == row, row_rstd, rstd)
+        x_ptr += x_stride_b
     return mean, rstd
 
 
