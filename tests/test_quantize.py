@@ -166,10 +166,12 @@ def test_a_scale_that_is_no_number_is_named(directory, tmp_path):
 @pytest.mark.parametrize(
     "record",
     [
-        {"quant_method": "xiangxin", "bits": 8, "group": 64},
-        {"quant_method": "xiangxin", "bits": 4, "group": 48},
-        {"quant_method": "xiangxin", "bits": 4, "group": 64, "more": 1},
-        {"quant_method": "gptq", "bits": 4, "group": 64},
+        {"quant_method": "xiangxin", "layout": 2, "bits": 8, "group": 64},
+        {"quant_method": "xiangxin", "layout": 2, "bits": 4, "group": 48},
+        {"quant_method": "xiangxin", "layout": 2, "bits": 4, "group": 64, "more": 1},
+        {"quant_method": "xiangxin", "layout": 1, "bits": 4, "group": 64},
+        {"quant_method": "xiangxin", "bits": 4, "group": 64},
+        {"quant_method": "gptq", "layout": 2, "bits": 4, "group": 64},
         "int8",
     ],
     ids=str,

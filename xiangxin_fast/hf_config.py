@@ -21,6 +21,7 @@ from .strict_files import read_json, write_json
 SIZE_LIMIT = 1 << 20  # of any one axis; keeps a hostile config from asking for the machine's memory
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 QUANT_METHOD = "xiangxin"
+CODES_LAYOUT = 2  # the first had 4-bit codes in the order of the columns
 
 
 class Quantization(NamedTuple):
@@ -100,12 +101,12 @@ def _read_quantization(fields: _Fields) -> Quantization | None:
     known = [Quantization(8, None), *(Quantization(4, size) for size in (32, 64, 128))]
     found = next((q for q in known if record == _record(q)), None)
     if found is None:
-        fields.refuse("quantization_config", "null or that of python -m xiangxin_fast.quantize")
+        fields.refuse("quantization_config", "null or that of this python -m xiangxin_fast.quantize")
     return found
 
 
 def _record(quantization: Quantization) -> dict:
-    return {"quant_method": QUANT_METHOD} | quantization._asdict()
+    return {"quant_method": QUANT_METHOD, "layout": CODES_LAYOUT} | quantization._asdict()
 
 
 def _read_native(fields: _Fields) -> dict:
