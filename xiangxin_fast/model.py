@@ -91,8 +91,9 @@ class Phi(nn.Module):
     def prepack(self) -> "Phi":
         """Lays the weights out anew, one at a time, where this device then decodes faster; their values stay.
 
-        On a CPU bf16 matrices become column blocks [N/64, K, 64], parameters as before in another shape, or, where it
-        multiplies bf16, mkldnn tensors, which have their values, gradients and dtype for good and can be saved.
+        On a CPU bf16 matrices become column blocks [N/80, K, 80] or [N/64, K, 64]: parameters as before, in another
+        shape. Where it multiplies bf16 they become mkldnn tensors: new parameters, whose losses and gradients torch
+        knows, and `save_pretrained`; optimizers, casts and deepcopy do not.
         """
         owners = [(block, name) for block in self.blocks for name in ("w_in", "w_out")]
         for module, name in owners if self.config.tied_head else [*owners, (self, "head_w")]:

@@ -36,8 +36,9 @@ from .quantized import QuantizedWeight, dequantize
 WIDEN_ELEMENTS = 1 << 22
 WIDEN_ROWS = 16
 
-# Outputs in a column block. Wider ones leave the registers, of which AVX-512 has four times as many.
-BF16_BLOCK, INT8_BLOCK, WIDE_INT8_BLOCK = 64, 80, 256
+# Outputs in a column block: the wider the better, until they leave the registers, of which AVX-512 has four times as
+# many. bf16 takes the first that divides N.
+BF16_BLOCKS, INT8_BLOCK, WIDE_INT8_BLOCK = (80, 64), 80, 256
 INT8_ZERO = 128  # the table's bytes are unsigned
 INT4_ROWS = 16  # what torch's int4 weights must be a multiple of
 ROW_CHUNKS = 16  # of an fp32 weight; a constant, so that the number of threads changes no bits
@@ -84,7 +85,7 @@ def prepack(weight: Weight) -> Weight:
     """`weight` [N, K] laid out anew where this device then decodes faster, else as it came; `linear` takes either.
 
     On a CPU: a QuantizedWeight becomes a PackedWeight; a bf16 weight an mkldnn tensor where the CPU multiplies bf16,
-    else column blocks [N/64, K, 64] if 64 divides N.
+    else column blocks [N/80, K, 80] or [N/64, K, 64], the first that N allows.
     """
     if isinstance(weight, QuantizedWeight):
         if weight.codes.is_cuda or INTERPRET:
@@ -95,9 +96,10 @@ def prepack(weight: Weight) -> Weight:
         return weight
     if _has_bf16():
         return torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-    return (
-        weight if weight.shape[0] % BF16_BLOCK else weight.unflatten(0, (-1, BF16_BLOCK)).transpose(1, 2).contiguous()
-    )
+    for block in BF16_BLOCKS:
+        if weight.shape[0] % block == 0:
+            return weight.unflatten(0, (-1, block)).transpose(1, 2).contiguous()
+    return weight
 
 
 def _pack_int8(weight: QuantizedWeight) -> PackedWeight:

@@ -115,10 +115,11 @@ class TestQuantize:
             quantize(torch.zeros(shape), *arguments)
 
 
-def test_another_layout_holds_the_same_numbers(cpu):
-    weight = noise(1024, 48).bfloat16()
+@pytest.mark.parametrize(("rows", "shape"), [(1024, (16, 48, 64)), (960, (12, 48, 80)), (90, (90, 48))])
+def test_another_layout_holds_the_same_numbers(rows, shape, cpu):
+    weight = noise(rows, 48).bfloat16()
     packed = prepack(weight)
-    assert packed.is_mkldnn if cpu else packed.shape == (16, 48, 64)
+    assert packed.is_mkldnn if cpu else packed.shape == shape
     assert torch.equal(unpacked(packed), weight)
     assert prepack(packed) is packed
 
