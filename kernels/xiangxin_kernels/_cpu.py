@@ -14,7 +14,7 @@ Column blocks: outputs n, in blocks of a register file's width, are the rows of 
 runs on. A bag's bits depend on that bag alone.
 
 oneDNN's layout, a tensor of torch's "mkldnn" kind, has k in pairs, as bf16 products take it; any other is brought into
-it each time: 32 rows take 4.0 ms there and 5.8 by F.linear, 512 rows 46 and 51. The bits of one row alone do not depend
+it each time: 32 rows take 4.1 ms there and 6.6 by F.linear, 512 rows 47 and 54. The bits of one row alone do not depend
 on the number of threads (1 to 128 were tried); those of several rows do depend on how many they are.
 """
 
