@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from xiangxin_kernels import QuantizedWeight, _cpu, dequantize
+from xiangxin_kernels import QuantizedWeight, _cpu, dequantize, unpacked
 
 from tests.hf import random_model
 from tests.numerics import assert_no_worse_than_torch
@@ -40,6 +40,9 @@ KINDS = ["int8", "int4"]
 def no_bf16(monkeypatch):
     """A CPU without bf16 arithmetic, whichever this one is: column blocks are for it alone."""
     monkeypatch.setattr(_cpu, "_has_bf16", lambda: False)
+
+
+needs_bf16 = pytest.mark.skipif(not _cpu._has_bf16(), reason="oneDNN lays bf16 out for CPUs that multiply it alone")
 
 
 def bf16_model() -> Phi:
@@ -114,17 +117,24 @@ def test_a_sample_is_the_same_in_any_company(directory, kind):
         assert generator.complete([prompt], max_new_tokens=12, temperature=0, stop_ids=())[0] == completion
 
 
-def test_a_generator_leaves_a_bf16_model_whole(directory, tmp_path):
-    """Its matrices lie in column blocks then; logits, losses, gradients and what is saved are still the model's."""
+@pytest.mark.parametrize("has_bf16", [False, pytest.param(True, marks=needs_bf16)])
+def test_a_generator_leaves_a_bf16_model_whole(directory, tmp_path, has_bf16, monkeypatch):
+    """Its matrices are laid out anew then; logits, losses, gradients and what is saved are still the model's."""
+    monkeypatch.setattr(_cpu, "_has_bf16", lambda: has_bf16)
     model, plain = load_pretrained(directory, "cpu"), bf16_model()
     tokens = torch.tensor(prompts_of(CONFIG, 20)[0])[None]
     Generator(model)
-    assert model.blocks[0].w_in.dim() == model.head_w.dim() == 3
+    for weight in (model.blocks[0].w_in, model.blocks[1].w_out, model.head_w):
+        assert weight.is_mkldnn if has_bf16 else weight.dim() == 3
     exact = plain.double()(tokens).detach()
     assert_no_worse_than_torch(model(tokens).detach(), bf16_model()(tokens).detach(), exact, what="packed.logits")
     assert model.loss(tokens, tokens).item() == pytest.approx(plain.loss(tokens, tokens).item(), rel=2**-8)
-    model.loss(tokens, tokens).backward()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+    for _ in range(2):
+        model.loss(tokens, tokens).backward()
+        plain.loss(tokens, tokens).backward()
+    for (name, parameter), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+        grad = unpacked(parameter.grad).double()
+        assert (grad - expected.grad).norm() < 2**-5 * expected.grad.norm(), name
     save_pretrained(model, tmp_path / "again")
     again, before = (load_file(path / "model.safetensors") for path in (tmp_path / "again", directory))
     assert all(torch.equal(again[name], before[name]) for name in before)

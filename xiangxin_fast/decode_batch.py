@@ -99,6 +99,11 @@ def _weights(model: Phi) -> list[Tensor]:
     return [*model.parameters(), *(part for part in parts if isinstance(part, Tensor))]
 
 
+def _addresses(model: Phi) -> list[int]:
+    """Where captured graphs look for the weights; oneDNN's layouts, a CPU's, tell no address and are in no graph."""
+    return [t.data_ptr() for t in _weights(model) if not t.is_mkldnn]
+
+
 def working_bytes(model: Phi) -> int:
     """About what a chunk of a prefill, and a step of all rows with every sampling option, take beside the cache."""
     config, device = model.config, model.embed.device.type
@@ -116,7 +121,7 @@ class DecodeBatch:
     def __init__(self, model: Phi, slots: int, positions: int, valid_ids: int):
         self.model, self.slots = model, slots
         self._valid_ids, self._device = valid_ids, model.embed.device
-        self._addresses = [t.data_ptr() for t in _weights(model)]
+        self._addresses = _addresses(model)
         self._needed = {"weights": sum(t.nbytes for t in _weights(model)), "working": working_bytes(model)}
         self.cache = KVCache.allocate(
             model.config, slots, positions, device=self._device, dtype=model.embed.dtype, **self._needed
@@ -153,7 +158,7 @@ class DecodeBatch:
     def fits(self, slots: int, positions: int) -> bool:
         """Whether it has the room, and the weights are still where captured graphs look for them."""
         enough = slots <= self.slots and positions <= self.cache.positions
-        return enough and self._addresses == [t.data_ptr() for t in _weights(self.model)]
+        return enough and self._addresses == _addresses(self.model)
 
     def configure(self, sampling: Sampling, lookup: int) -> None:
         """How tokens are drawn from now on, with `lookup` of them drafted in each step."""

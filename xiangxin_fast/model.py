@@ -91,15 +91,19 @@ class Phi(nn.Module):
     def prepack(self) -> "Phi":
         """Lays the weights out anew, one at a time, where this device then decodes faster; their values stay.
 
-        On a CPU bf16 matrices become column blocks [N/64, K, 64] (or 512): parameters as before, in another shape.
+        On a CPU bf16 matrices become column blocks [N/80, K, 80] or [N/64, K, 64]: parameters as before, in another
+        shape. Where it multiplies bf16 they become mkldnn tensors: new parameters, whose losses and gradients torch
+        knows, and `save_pretrained`; optimizers, casts and deepcopy do not.
         """
         owners = [(block, name) for block in self.blocks for name in ("w_in", "w_out")]
         for module, name in owners if self.config.tied_head else [*owners, (self, "head_w")]:
             weight = getattr(module, name)
-            if isinstance(weight, nn.Parameter):
-                weight.data = prepack(weight.data)
-            else:
+            if not isinstance(weight, nn.Parameter):
                 setattr(module, name, prepack(weight))
+            elif (packed := prepack(weight.data)).is_mkldnn:  # which cannot become the data of a plain tensor
+                setattr(module, name, nn.Parameter(packed, requires_grad=weight.requires_grad))
+            else:
+                weight.data = packed
         return self
 
     def rotary(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -148,7 +152,7 @@ class Phi(nn.Module):
 
         The softmax is over ids below `valid_ids`, default all.
         """
-        if isinstance(self.head_w, Tensor) and self.head_w.dim() == 2:
+        if isinstance(self.head_w, Tensor) and self.head_w.dim() == 2 and not self.head_w.is_mkldnn:
             return linear_cross_entropy(
                 x, self.head_w[:valid_ids], self.head_b[:valid_ids], targets, reduction=reduction
             )

@@ -4,16 +4,18 @@ One row against a weight goes at the memory's speed or not, by the layout of the
 it. Measured on two cores, [1, 2560] x [2560, 17920], 1e9 weights a second, on AVX2 at 28 GB/s and, behind the bar, on
 AVX-512 with bf16 products at 50 GB/s:
 
-    bf16    F.linear 8.6    F.embedding_bag over column blocks 11.2 to 11.8  |  16.3, 23.4
-    int8    torch._weight_int8pack_mm 12.3    the bag 20.4, 1.1 bytes a weight  |  the bag 37.7
-    int4    torch._weight_int4pack_mm_for_cpu 12.7    the bag 6.6  |  68.3
+    bf16    F.linear 8.6    F.embedding_bag over column blocks 11.2 to 11.8  |  17, 22, oneDNN's own layout 25
+    int8    torch._weight_int8pack_mm 12.3    the bag 20.4, 1.1 bytes a weight  |  35, the bag 62 (48 of 80 outputs)
+    int4    torch._weight_int4pack_mm_for_cpu 12.7    the bag 6.6  |  68
     fp32    F.linear 5.2    torch.bmm over chunks of rows 7.1: MKL shares several products well, one badly
-
-There 512 rows take 55 ms by a product for each column block, 52 by F.linear: the price of the layout.
 
 Column blocks: outputs n, in blocks of a register file's width, are the rows of an embedding table, one row for each
 (block, k); out[block] is then the bag sum over k of x[k] table[block, k], and torch compiles such sums for the CPU it
 runs on. A bag's bits depend on that bag alone.
+
+oneDNN's layout, a tensor of torch's "mkldnn" kind, has k in pairs, as bf16 products take it; any other is brought into
+it each time: 32 rows take 4.1 ms there and 6.6 by F.linear, 512 rows 47 and 54. The bits of one row alone do not depend
+on the number of threads (1 to 128 were tried); those of several rows do depend on how many they are.
 """
 
 import functools
@@ -28,15 +30,15 @@ from torch import Tensor
 from ._host import INTERPRET
 from .quantized import QuantizedWeight, dequantize, int4_codes
 
-# Elements of one widened block (64 MiB of fp32; smaller ones are no faster, and each ends in barriers) and the
-# fewest rows for which widening pays. On one AVX2 core, [M, 2560] x [2560, 17920]: 512 rows take 0.8 s widened and
-# 4.8 s by torch's own bf16 product, 32 rows 0.11 and 0.29 s, 8 rows 65 and 71 ms.
-WIDEN_ELEMENTS = 1 << 24
+# Elements of one widened block, which stays in the caches, and the fewest rows for which widening pays. On one AVX2
+# core, [M, 2560] x [2560, 17920]: 512 rows take 0.8 s widened and 4.8 s by torch's own bf16 product, 32 rows 0.11 and
+# 0.29 s, 8 rows 65 and 71 ms.
+WIDEN_ELEMENTS = 1 << 22
 WIDEN_ROWS = 16
 
-# Outputs in a column block. Wider ones leave the registers; but where the CPU multiplies bf16 one row is no slower for
-# it, and many are faster: on two cores 32 rows take 16 ms in blocks of 64, 8 in blocks of 512, 6 by F.linear.
-BF16_BLOCK, WIDE_BF16_BLOCK, INT8_BLOCK = 64, 512, 80
+# Outputs in a column block: the wider the better, until they leave the registers, of which AVX-512 has four times as
+# many. bf16 takes the first that divides N.
+BF16_BLOCKS, INT8_BLOCK, WIDE_INT8_BLOCK = (80, 64), 80, 256
 INT8_ZERO = 128  # the table's bytes are unsigned
 INT4_ROWS = 16  # what torch's int4 weights must be a multiple of
 ROW_CHUNKS = 16  # of an fp32 weight; a constant, so that the number of threads changes no bits
@@ -47,9 +49,9 @@ _scratch = threading.local()
 class PackedWeight(NamedTuple):
     """A quantized weight [N, K] as a CPU reads it best, with N made whole blocks.
 
-    int8: codes uint8 [N/80, K, 88], column blocks, each row with the scale 1 and the offset -128 that the bag applies
-    to it; scale bf16 [N]. int4: codes uint8 [N, K/2] in torch's own order; scale bf16 [K/group, N, 2] with torch's
-    zero points, which are 0.
+    int8: codes uint8 [N/80, K, 88], or [N/256, K, 264] with AVX-512: column blocks, each row with the scale 1 and the
+    offset -128 that the bag applies to it; scale bf16 [N]. int4: codes uint8 [N, K/2] in torch's own order; scale bf16
+    [K/group, N, 2] with torch's zero points, which are 0.
     """
 
     codes: Tensor
@@ -75,28 +77,37 @@ def _has_bf16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def _has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def prepack(weight: Weight) -> Weight:
     """`weight` [N, K] laid out anew where this device then decodes faster, else as it came; `linear` takes either.
 
-    On a CPU: a QuantizedWeight becomes a PackedWeight; a bf16 weight column blocks [N/64, K, 64], or of 512 where the
-    CPU multiplies bf16, if that divides N.
+    On a CPU: a QuantizedWeight becomes a PackedWeight; a bf16 weight an mkldnn tensor where the CPU multiplies bf16,
+    else column blocks [N/80, K, 80] or [N/64, K, 64], the first that N allows.
     """
     if isinstance(weight, QuantizedWeight):
         if weight.codes.is_cuda or INTERPRET:
             return weight
         return _pack_int8(weight) if weight.bits == 8 else _pack_int4(weight)
-    plain = not isinstance(weight, Tensor) or weight.dtype != torch.bfloat16 or weight.dim() != 2
-    block = WIDE_BF16_BLOCK if _has_bf16() else BF16_BLOCK
-    if plain or weight.is_cuda or INTERPRET or weight.shape[0] % block:
+    plain = not isinstance(weight, Tensor) or weight.dtype != torch.bfloat16 or weight.dim() != 2 or weight.is_mkldnn
+    if plain or weight.is_cuda or INTERPRET:
         return weight
-    return weight.unflatten(0, (-1, block)).transpose(1, 2).contiguous()
+    if _has_bf16():
+        return torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+    for block in BF16_BLOCKS:
+        if weight.shape[0] % block == 0:
+            return weight.unflatten(0, (-1, block)).transpose(1, 2).contiguous()
+    return weight
 
 
 def _pack_int8(weight: QuantizedWeight) -> PackedWeight:
     N, K = weight.shape
-    codes = torch.full((-(-N // INT8_BLOCK), K, INT8_BLOCK + 8), INT8_ZERO, dtype=torch.uint8)
-    codes[..., INT8_BLOCK:] = torch.tensor([1.0, -INT8_ZERO]).view(torch.uint8)
-    for block, rows in zip(codes, weight.codes.split(INT8_BLOCK), strict=True):
+    width = WIDE_INT8_BLOCK if _has_avx512() else INT8_BLOCK
+    codes = torch.full((-(-N // width), K, width + 8), INT8_ZERO, dtype=torch.uint8)
+    codes[..., width:] = torch.tensor([1.0, -INT8_ZERO]).view(torch.uint8)
+    for block, rows in zip(codes, weight.codes.split(width), strict=True):
         block[:, : len(rows)] = rows.T.view(torch.uint8) ^ INT8_ZERO
     return PackedWeight(codes, weight.scale, N)
 
@@ -117,7 +128,9 @@ def weight_shape(weight: Weight) -> torch.Size:
 
 
 def unpacked(weight: Tensor) -> Tensor:
-    """`weight` as it is, or [N, K] where it is column blocks; differentiable."""
+    """`weight` as it is, or a plain [N, K] where it was laid out anew; differentiable."""
+    if weight.is_mkldnn:
+        return weight.to_dense()
     return weight.transpose(1, 2).flatten(0, 1) if weight.dim() == 3 else weight
 
 
@@ -155,22 +168,17 @@ def linear(x: Tensor, weight: Weight, bias: Tensor) -> Tensor:
         return (_widened(flat, weight, bias) if wide else linear_rows(flat, weight, bias)).view(*x.shape[:-1], -1)
     records = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     plain = x.is_cuda or x.dtype != torch.bfloat16 or records or torch.compiler.is_compiling()
-    if plain or (weight.dim() == 2 and (_has_bf16() or rows < WIDEN_ROWS)):
+    if plain or (weight.dim() == 2 and not weight.is_mkldnn and (_has_bf16() or rows < WIDEN_ROWS)):
         return F.linear(x, unpacked(weight), bias)
+    if weight.is_mkldnn:
+        return _onednn(x, weight, bias)
     flat = x.reshape(rows, -1)
-    if rows == 1 or (rows < WIDEN_ROWS and not _has_bf16()):
-        out = linear_rows(flat, weight, bias)
-    else:
-        out = _by_blocks(flat, weight, bias) if _has_bf16() else _widened(flat, weight, bias)
-    return out.view(*x.shape[:-1], -1)
+    return (linear_rows if rows < WIDEN_ROWS else _widened)(flat, weight, bias).view(*x.shape[:-1], -1)
 
 
-def _by_blocks(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x [M, K] times column blocks, on a CPU that multiplies bf16."""
-    out = x.new_empty(len(x), weight_shape(weight)[0])
-    for block, columns in zip(weight, out.split(weight.shape[2], dim=1), strict=True):
-        torch.mm(x, block, out=columns)
-    return out.add_(bias)
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """F.linear with a weight in oneDNN's own layout."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def _widened(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor) -> Tensor:
@@ -179,7 +187,7 @@ def _widened(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor) -> Tensor:
     Products are of fp32, or of bf16 where x is and the CPU has them: bf16 holds int8's codes exactly.
     """
     N, K = weight_shape(weight)
-    table = weight if isinstance(weight, Tensor) else weight.codes[..., :INT8_BLOCK]
+    table = weight if isinstance(weight, Tensor) else weight.codes[..., :-8].view(torch.int8)
     if table.dim() == 2:
         table = table[..., None]  # blocks of one output
     blocks, _, width = table.shape
@@ -191,11 +199,12 @@ def _widened(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor) -> Tensor:
         if width == 1:
             wide = kept("wide", (len(part), K), dtype).copy_(part[..., 0]).T
         else:
-            wide = kept("wide", (K, len(part) * width), dtype)
-            wide.view(K, len(part), width).copy_(part.transpose(0, 1))
-        if isinstance(weight, PackedWeight):
-            wide.sub_(INT8_ZERO)
-        torch.mm(wide_x, wide, out=out[:, start * width : (start + len(part)) * width])
+            part = part.transpose(0, 1)
+            if isinstance(weight, PackedWeight):  # to signed numbers: cheaper as bytes than once they are wide
+                part = torch.bitwise_xor(part, -INT8_ZERO, out=kept("signed", part.shape, torch.int8))
+            wide = kept("wide", (K, part.shape[1] * width), dtype)
+            wide.view(part.shape).copy_(part)
+        torch.mm(wide_x, wide, out=out[:, start * width : (start + step) * width])
     out = out[:, :N].float()
     if isinstance(weight, PackedWeight):
         out *= weight.scale
@@ -216,6 +225,8 @@ def weighted_sums(table: Tensor, indices: Tensor, offsets: Tensor, factors: Tens
 
 def _product(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor) -> Tensor:
     """F.linear of one row x [K]."""
+    if isinstance(weight, Tensor) and weight.is_mkldnn:
+        return _onednn(x[None], weight, bias)[0]
     if isinstance(weight, Tensor) and weight.dim() == 2:
         chunks = math.gcd(len(weight), ROW_CHUNKS)
         if x.dtype != torch.float32 or chunks == 1:

@@ -30,10 +30,18 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(autouse=True)
-def no_bf16(monkeypatch):
-    """A CPU without bf16 arithmetic, whichever this one is: column blocks are for it alone."""
-    monkeypatch.setattr(_cpu, "_has_bf16", lambda: False)
+needs_bf16 = pytest.mark.skipif(not _cpu._has_bf16(), reason="oneDNN lays bf16 out for CPUs that multiply it alone")
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=needs_bf16)], ids=["AVX2", "AVX-512"], autouse=True)
+def cpu(request, monkeypatch):
+    """A CPU without bf16 arithmetic or AVX-512, and one with both: each has layouts of its own."""
+    monkeypatch.setattr(_cpu, "_has_bf16", lambda: request.param)
+    monkeypatch.setattr(_cpu, "_has_avx512", lambda: request.param)
+    return request.param
+
+
+one_cpu = pytest.mark.parametrize("cpu", [False], indirect=True, ids=["AVX2"])
 
 
 def layouts(N: int, K: int) -> dict[str, _cpu.Weight]:
@@ -51,6 +59,7 @@ def dense(N: int, K: int, layout: str, dtype: torch.dtype) -> torch.Tensor:
     return weight.to(dtype) if isinstance(weight, torch.Tensor) else dequantize(weight, dtype)
 
 
+@one_cpu
 class TestQuantize:
     def test_eight_bits_by_hand(self):
         weight = torch.tensor([[-127.0, 0.0, 63.4, 63.6], [0.0, 1.0, -2.0, 0.5], [0.0, 0.0, 0.0, 0.0]])
@@ -123,32 +132,29 @@ class TestQuantize:
             quantize(torch.zeros(shape), *arguments)
 
 
-@pytest.mark.parametrize(("has_bf16", "shape"), [(False, (16, 48, 64)), (True, (2, 48, 512))])
-def test_column_blocks_hold_the_same_numbers(has_bf16, shape, monkeypatch):
-    monkeypatch.setattr(_cpu, "_has_bf16", lambda: has_bf16)
-    weight = noise(1024, 48).bfloat16()
+@pytest.mark.parametrize(("rows", "shape"), [(1024, (16, 48, 64)), (960, (12, 48, 80)), (90, (90, 48))])
+def test_another_layout_holds_the_same_numbers(rows, shape, cpu):
+    weight = noise(rows, 48).bfloat16()
     packed = prepack(weight)
-    assert packed.shape == shape
+    assert packed.is_mkldnn if cpu else packed.shape == shape
     assert torch.equal(unpacked(packed), weight)
     assert prepack(packed) is packed
 
 
-def test_column_blocks_pass_gradients_on():
+def test_another_layout_passes_gradients_on():
     weight, x = noise(128, 48).bfloat16(), noise(20, 48).bfloat16()
     packed = prepack(weight).requires_grad_()
     linear(x, packed, torch.zeros(128).bfloat16()).sum().backward()
-    assert torch.equal(packed.grad, prepack(x.float().sum(0).bfloat16().expand(128, 48).contiguous()))
+    assert packed.grad.layout == packed.layout
+    assert torch.equal(unpacked(packed.grad), x.float().sum(0).bfloat16().expand(128, 48))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 class TestLinear:
-    @pytest.mark.parametrize("has_bf16", [False, True])
     @pytest.mark.parametrize("rows", [1, 5, _cpu.WIDEN_ROWS + 1])
-    def test_numerics(self, layout, shape, rows, has_bf16, monkeypatch):
-        monkeypatch.setattr(_cpu, "_has_bf16", lambda: has_bf16)
-        monkeypatch.setattr(_cpu, "WIDE_BF16_BLOCK", 160)  # two of them in 320 rows
-        monkeypatch.setattr(_cpu, "WIDEN_ELEMENTS", 2 * 80 * shape[1])  # several blocks, the last one smaller
+    def test_numerics(self, layout, shape, rows, monkeypatch):
+        monkeypatch.setattr(_cpu, "WIDEN_ELEMENTS", 3 * 80 * shape[1])  # several blocks, the last one smaller
         dtype = torch.float32 if "fp32" in layout else torch.bfloat16
         x, bias = noise(rows, shape[1], seed=1).to(dtype), noise(shape[0], seed=2).to(dtype)
         plain = F.linear(x, dense(*shape, layout, dtype), bias)
@@ -180,6 +186,24 @@ def test_the_number_of_threads_changes_no_bits(layout):
     finally:
         torch.set_num_threads(threads)
     assert_same_bits([results[0], results[0]], results[1:], what="threads")
+
+
+@needs_bf16
+@pytest.mark.parametrize("cpu", [True], indirect=True, ids=["AVX-512"])
+def test_a_row_in_onednn_s_layout_has_the_same_bits_in_any_company():
+    """Of a weight so wide that oneDNN sums several rows in another order than one."""
+    N, K = 1024, 2560
+    x, bias, weight = noise(9, K, seed=1).bfloat16(), noise(N, seed=2).bfloat16(), prepack(noise(N, K).bfloat16())
+    alone = torch.cat([_cpu.linear_rows(row, weight, bias) for row in x.split(1)])
+    assert not torch.equal(linear(x, weight, bias), alone)
+    assert_same_bits([_cpu.linear_rows(x, weight, bias)], [alone], what="9 rows")
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 3, 16):
+            torch.set_num_threads(n)
+            assert_same_bits([_cpu.linear_rows(x, weight, bias)], [alone], what=f"{n} threads")
+    finally:
+        torch.set_num_threads(threads)
 
 
 def packable_block(bits: int | None, packed: bool, rows: int = len(POSITIONS)) -> dict:
