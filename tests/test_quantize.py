@@ -108,6 +108,16 @@ def test_a_directory_comes_back_bit_for_bit(directory, tmp_path, kind):
     load_pretrained(tmp_path / "out", "cpu", quantize=kind)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_were_laid_out_anew_are_rounded_alike(kind):
+    expected, packed = (
+        parts_of(quantize_model(bf16_model(), kind)),
+        parts_of(quantize_model(bf16_model().prepack(), kind)),
+    )
+    assert expected.keys() == packed.keys()
+    assert all(torch.equal(packed[name], value) for name, value in expected.items())
+
+
 @pytest.mark.parametrize("kind", [None, *KINDS])
 def test_a_sample_is_the_same_in_any_company(directory, kind):
     generator = Generator(load_pretrained(directory, "cpu", quantize=kind))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from xiangxin_kernels import QuantizedWeight, default_group, quantize
+from xiangxin_kernels import QuantizedWeight, default_group, quantize, unpacked
 
 from .config import PhiConfig
 from .errors import InputError
@@ -73,7 +73,7 @@ def place(model: Phi, name: str, value: Tensor | QuantizedWeight) -> None:
 def quantize_model(model: Phi, kind: str) -> Phi:
     """Rounds the weights of a bf16 `model`, in place, to "int8" or "int4"; memory: one weight more. InputError."""
     require_bf16(model.embed.dtype)
-    parameters = ((name, model.get_parameter(name).detach()) for name, _ in list(model.named_parameters()))
+    parameters = ((name, unpacked(model.get_parameter(name).detach())) for name, _ in list(model.named_parameters()))
     for name, value in rounded(parameters, quantization_of(kind, model.config)):
         place(model, name, value)
     return model.eval().requires_grad_(False)
