@@ -101,7 +101,7 @@ def _read_quantization(fields: _Fields) -> Quantization | None:
     known = [Quantization(8, None), *(Quantization(4, size) for size in (32, 64, 128))]
     found = next((q for q in known if record == _record(q)), None)
     if found is None:
-        fields.refuse("quantization_config", "null or that of this python -m xiangxin_fast.quantize")
+        fields.refuse("quantization_config", "null or that of python -m xiangxin_fast.quantize")
     return found
 
 
