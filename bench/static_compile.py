@@ -72,6 +72,7 @@ class Compiled:
     shared: int
     sass: str
     ttir: str
+    ttgir: str  # without the places in the source
     bulk_bytes: int  # what the bulk loads of the innermost loop move in one pass
 
 
@@ -163,7 +164,7 @@ def _describe(value: Any) -> str:
 
 
 def key_of(job: Job, launches: list[Launch]) -> str:
-    parts = [triton.__version__, str(job.arch)]
+    parts = [triton.__version__, str(job.arch), *(field.name for field in dataclasses.fields(Compiled))]
     for launch in launches:
         parts += [launch.kernel.cache_key, *(f"{k}={_describe(v)}" for k, v in launch.arguments.items())]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -222,6 +223,7 @@ def compile_job(job: Job) -> list[Compiled]:
                 shared=kernel.metadata.shared,
                 sass=_disassemble(kernel.asm["cubin"]),
                 ttir=kernel.asm["ttir"],
+                ttgir=re.sub(r" loc\(.*", "", kernel.asm["ttgir"]),
                 bulk_bytes=_bulk_bytes(kernel.asm["ttgir"]),
             )
         )

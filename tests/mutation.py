@@ -69,7 +69,7 @@ def _corpus(name: str, file: str, old: str, new: str, tests: str) -> Mutation:
     return Mutation(f"corpus: {name}", file, old, new, f"tests/test_{where}.py -k {only}", "train/corpus")
 
 
-_GEMV, _DECODE_ATTENTION = "_decode_gemv.py", "_decode_attention.py"
+_GEMV, _WEIGHTS, _DECODE_ATTENTION = "_decode_gemv.py", "_decode_weights.py", "_decode_attention.py"
 
 MUTATIONS = [
     _decode(
@@ -147,7 +147,7 @@ MUTATIONS = [
         "+ scale_columns // GROUP + 1\n",
         "quantized_weights",
     ),
-    _decode("a zero point of 7", _GEMV, "constexpr(-0x3CF73CF8)", "constexpr(-0x3CF83CF8)", "quantized_weights"),
+    _decode("a zero point of 7", _WEIGHTS, "(words & 0xF) - 8", "(words & 0xF) - 7", "quantized_weights"),
     _decode(
         "scales left out", _GEMV, "if BITS == 8:\n        offs_n", "if BITS == 9:\n        offs_n", "quantized_weights"
     ),
@@ -160,9 +160,9 @@ MUTATIONS = [
     ),
     _decode(
         "halves of a lane exchanged",
-        _GEMV,
-        "return _parts(first, COUNT // 2) + _parts(second, COUNT // 2)",
-        "return _parts(second, COUNT // 2) + _parts(first, COUNT // 2)",
+        _WEIGHTS,
+        "return parts_of(first, COUNT // 2) + parts_of(second, COUNT // 2)",
+        "return parts_of(second, COUNT // 2) + parts_of(first, COUNT // 2)",
         "quantized_weights",
     ),
     _decode("one row's statistics for all", _GEMV, "        x_ptr += x_stride_b\n", "", "three_heads"),

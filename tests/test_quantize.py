@@ -207,6 +207,7 @@ def test_what_does_not_fit_is_refused(directory, tmp_path):
     quantize_directory(directory, out := tmp_path / "out", "int4")
     narrow = PhiConfig(vocab=8, channels=80, layers=1, heads=1, rotary_dim=32, mlp_hidden=80)
     save_pretrained(Phi(narrow, dtype=torch.bfloat16).init_weights(), tmp_path / "narrow")
+    odd = dataclasses.replace(CONFIG, mlp_hidden=385)
     for action, message in {
         lambda: load_pretrained(out, "cpu", quantize="int8"): "expected weights to round to int8, got int4",
         lambda: load_pretrained(out, "cpu", torch.float32): "expected bf16 to compute in, got torch.float32",
@@ -218,6 +219,9 @@ def test_what_does_not_fit_is_refused(directory, tmp_path):
         lambda: quantize_directory(directory, tmp_path / "x", "int4", 128): "that divides 192 and 576, got 128",
         lambda: save_pretrained(load_pretrained(out, "cpu"), tmp_path / "x"): "got one with rounded weights",
         lambda: quantize_model(random_model(CONFIG), "int8"): "expected bf16 to compute in",
+        lambda: quantize_model(
+            random_model(odd, torch.bfloat16), "int8"
+        ): "multiples of 4 columns for 8 bits, got 192 and 577",
     }.items():
         with pytest.raises(InputError, match=message):
             action()

@@ -32,11 +32,13 @@ def quantization_of(kind: str, config: PhiConfig, group: int | None = None) -> Q
     """
     if kind not in BITS:
         raise InputError(f"quantize: expected {' or '.join(BITS)}, got {kind!r}")
+    columns = (config.channels, config.channels + config.mlp_hidden)
     if BITS[kind] == 8:
         if group is not None:
             raise InputError(f"quantize: expected a group with int4 only, got {group} with int8")
+        if any(K % 4 for K in columns):
+            raise InputError(f"quantize: expected multiples of 4 columns for 8 bits, got {columns[0]} and {columns[1]}")
         return Quantization(8, None)
-    columns = (config.channels, config.channels + config.mlp_hidden)
     try:
         group = group or min(map(default_group, columns))
     except ValueError as error:

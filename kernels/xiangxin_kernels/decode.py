@@ -200,17 +200,25 @@ def _decode_head(
     )  # fmt: skip
 
 
+def _offset(t: Tensor) -> int:
+    """Where `t` begins in its storage; torch.compile, which cannot ask, aligns what it is given."""
+    return 0 if torch.compiler.is_compiling() else t.storage_offset()
+
+
 def _check_weight(op: str, name: str, weight: Weight, rows: int, columns: int) -> None:
     found = list(weight.shape)
     check(found == [rows, columns], f"{op}: expected {name} [{rows}, {columns}], got {found}")
     w, scale = _parts(weight)
     check(w.is_contiguous(), f"{op}: expected {name} contiguous, got strides {w.stride()}")
-    if scale is not None:
-        check(scale.is_contiguous(), f"{op}: expected the scale of {name} contiguous, got strides {scale.stride()}")
-        whole = weight.bits == 4 or columns % 4 == 0
-        check(whole, f"{op}: expected a multiple of 4 columns in {name}, got {columns}")
-        known = weight.bits == 8 or weight.group in GROUPS
-        check(known, f"{op}: expected {name} in groups of 32, 64 or 128, got {weight.group}")
+    if scale is None:
+        return
+    check(scale.is_contiguous(), f"{op}: expected the scale of {name} contiguous, got strides {scale.stride()}")
+    whole = columns % (4 if weight.bits == 8 else 32) == 0 and _offset(w) % 4 == 0
+    check(whole, f"{op}: expected {name} in whole words, got {columns} columns of codes from byte {_offset(w)} on")
+    known = weight.bits == 8 or weight.group in GROUPS
+    check(known, f"{op}: expected {name} in groups of 32, 64 or 128, got {weight.group}")
+    shape = [rows] if weight.bits == 8 else [rows, columns // weight.group]
+    check([*scale.shape] == shape, f"{op}: expected the scale of {name} {shape}, got {[*scale.shape]}")
 
 
 def _check_shape(op: str, name: str, tensor: Tensor, *shape: int) -> None:
@@ -244,6 +252,17 @@ def _check_kernel_caches(op: str, k_cache: Tensor, v_cache: Tensor) -> None:
     D = k_cache.shape[3]
     fits = k_cache.stride() == v_cache.stride() and k_cache.stride()[2:] == (D, 1)
     check(fits, f"{op}: expected k_cache and v_cache with equal strides and whole [H, D], got {k_cache.stride()}")
+
+
+def _aligned_rows(x: Tensor) -> Tensor:
+    """x [B, C] with each row at a multiple of 16 numbers.
+
+    Of other rows the compiler would load, and add up, single numbers, but of one alone still eight at a time.
+    """
+    x = as_rows(x)
+    if x.stride(0) % 16 == 0 and _offset(x) % 16 == 0:
+        return x
+    return x.new_empty(len(x), math.ceil(x.shape[1] / 16) * 16)[:, : x.shape[1]].copy_(x)
 
 
 def _normalized(x: Tensor, ln_w: Tensor, ln_b: Tensor, eps: float, w: Tensor) -> Tensor:
@@ -365,7 +384,7 @@ def decode_block(
     check_dtypes(op, x=x, ln_w=ln_w, ln_b=ln_b, b_in=b_in, b_out=b_out, k_cache=k_cache, v_cache=v_cache, **dense)
     _check_kernel_caches(op, k_cache, v_cache)
     cos, sin = cos.contiguous(), sin.contiguous()
-    return _decode_block_kernels(as_rows(x), *weights, cos, sin, k_cache, v_cache, positions, slots, heads, eps)
+    return _decode_block_kernels(_aligned_rows(x), *weights, cos, sin, k_cache, v_cache, positions, slots, heads, eps)
 
 
 def decode_head(x: Tensor, ln_w: Tensor, ln_b: Tensor, head_w: Weight, head_b: Tensor, eps: float = 1e-5) -> Tensor:
@@ -382,7 +401,7 @@ def decode_head(x: Tensor, ln_w: Tensor, ln_b: Tensor, head_w: Weight, head_b: T
     dense = {"head_w": head_w} if isinstance(head_w, Tensor) else {}
     check_dtypes(op, x=x, ln_w=ln_w, ln_b=ln_b, head_b=head_b, **dense)
     parts = _parts(head_w)
-    x, logits = as_rows(x), torch.empty(B, V, dtype=torch.float32, device=x.device)
+    x, logits = _aligned_rows(x), torch.empty(B, V, dtype=torch.float32, device=x.device)
     for start in range(0, B, MAX_ROWS):
         rows = slice(start, start + MAX_ROWS)
         y = _normalized(x[rows], ln_w, ln_b, eps, parts[0])

@@ -5,11 +5,6 @@ from collections import Counter
 
 import pytest
 import triton
-import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from xiangxin_kernels._decode_gemv import _row_statistics, _statistics
-from xiangxin_kernels._tuning import DECODE_WARPS
 
 from bench import roofline, sass, static, static_decode
 from bench.static_compile import Compiled, Job, compile_all, compile_job
@@ -31,35 +26,56 @@ def _of(compiled: dict[Job, Compiled], arch: int, part: str) -> dict[str, Compil
     return {job.case: kernel for job, kernel in compiled.items() if job.arch == arch and part in job.case}
 
 
-@triton.jit
-def _statistics_kernel(x_ptr, out_ptr, stride, rows, C: tl.constexpr, ROWS: tl.constexpr):
-    offs_b = tl.arange(0, 8)
-    if ROWS == 0:
-        mean, rstd = _row_statistics(x_ptr, 1e-5, C)
-        mean, rstd = tl.where(offs_b == 0, mean, 0.0), tl.where(offs_b == 0, rstd, 0.0)
-    else:
-        mean, rstd = _statistics(x_ptr, stride, offs_b, rows, 1e-5, C, 8)
-    tl.store(out_ptr + offs_b, mean)
-    tl.store(out_ptr + 8 + offs_b, rstd)
+def _layout_of(ttgir: str, name: str) -> dict[str, str]:
+    """The fields of the layout `name`, e.g. "#blocked1"."""
+    fields = re.search(rf"^{name} = #ttg.\w+<{{(.*)}}>$", ttgir, re.M)[1]
+    return dict(re.findall(r"(\w+) = (\[[^\]]*\]|\w+)", fields))
 
 
-def test_sums_over_a_row_lie_in_the_same_lanes_whatever_the_rows():
-    """Of one row in a program of its own (ROWS 0), of one row, of several."""
-    along_a_row = set()
-    for constants in ({"ROWS": 0}, {"ROWS": 8, "rows": 1}, {"ROWS": 8}):
-        constants = {"C": 2560, **constants}
-        signature = {"x_ptr": "*bf16", "out_ptr": "*fp32", "stride": "i32", "rows": "i32"}
-        attributes = {(i,): [["tt.divisibility", 16]] for i in range(3)}
-        source = ASTSource(_statistics_kernel, signature | dict.fromkeys(constants, "constexpr"), constants, attributes)
-        kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": DECODE_WARPS})
-        ttgir = kernel.asm["ttgir"]
-        reduced = re.findall(r'"tt.reduce".*?\(tensor<1024xf32, (#\w+)>\) -> f32', ttgir, re.S)
-        assert len(reduced) == 2, ttgir
-        for name in reduced:
-            fields = re.search(rf"^{name} = #ttg.blocked<{{(.*?)}}>", ttgir, re.M)[1]
-            values = re.findall(r"(sizePerThread|threadsPerWarp|warpsPerCTA) = \[(\d+)\]", fields)
-            along_a_row.add(tuple(values))
-    assert along_a_row == {(("sizePerThread", "8"), ("threadsPerWarp", "32"), ("warpsPerCTA", "4"))}
+@pytest.fixture(scope="module")
+def of_one_row() -> dict[Job, Compiled]:
+    """Kernels for one row: Triton makes a constant of an argument that is 1."""
+    names = ("decode_block/project_in_1", "decode_block/project_out_1", "decode_head/head_1", "decode_head/head_1_int8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(static_decode, "VARIANTS", ((1, 16), (1, 8)))
+        patch.setattr(triton.runtime.driver, "_active", None)  # what compiling for a GPU puts there goes afterwards
+        return {job: compile_job(job)[0] for job in (Job(name, 90, "bf16") for name in names)}
+
+
+def test_sums_over_a_row_lie_in_the_same_lanes_whatever_the_rows(compiled, of_one_row):
+    """Of a row alone in its program, of the only row, of several."""
+    kernels = compiled | of_one_row
+    layouts, seen = set(), Counter()
+    for job, kernel in kernels.items():
+        for name in re.findall(r'"tt.reduce".*?\(tensor<1024xf32, (#\w+)>\) -> f32', kernel.ttgir, re.S):
+            layouts.add(str(_layout_of(kernel.ttgir, name)))
+            seen[job.case] += 1
+    wanted = {"sizePerThread": "[8]", "threadsPerWarp": "[32]", "warpsPerCTA": "[4]", "order": "[0]"}
+    assert layouts == {str(wanted)}
+    assert seen["decode_block/norm"] == 4
+    assert {"decode_block/project_in_8", "decode_block/project_in_8_int8", "decode_head/head_1_int8"} <= set(seen)
+
+
+def test_products_take_the_same_columns_at_once_whatever_the_rows(compiled, of_one_row):
+    """How many neighbouring columns a lane has decides which sixteen a tensor core adds up together."""
+    kernels = compiled | of_one_row
+    found: dict[int, set] = {}
+    for kernel in kernels.values():
+        operands = re.findall(r"#ttg.dot_op<{opIdx = \d, parent = (#\w+), kWidth = (\d+)}>", kernel.ttgir)
+        taken = {(width, str(_layout_of(kernel.ttgir, parent))) for parent, width in operands}
+        found.setdefault(kernel.numbers.get("BITS", 0), set()).update(taken)
+    mma = {"versionMajor": "2", "versionMinor": "0", "warpsPerCTA": "[4, 1, 1]", "instrShape": "[1, 16, 8]"}
+    assert found.pop(0) == set()  # the norm
+    assert found == {16: {("2", str(mma))}, 8: {("4", str(mma))}, 4: {("4", str(mma))}}
+
+
+def test_codes_are_widened_two_at_a_time(compiled):
+    """HFMA2.BF16: half as many as a thread has numbers, for each of 8 bits and of 4."""
+    for job, kernel in compiled.items():
+        if (bits := kernel.numbers.get("BITS")) in (8, 4):
+            numbers = kernel.numbers["BLOCK_N"] * (kernel.numbers.get("SPLIT_K") or kernel.numbers["C"])
+            found = Counter(opcode for opcode in _opcodes(kernel) if opcode.startswith("HFMA2.BF16"))
+            assert found.total() == numbers // kernel.threads // 2, (job, bits, found)
 
 
 def _exchanges(opcodes: list[str]) -> Counter:
@@ -89,13 +105,9 @@ def test_every_number_of_rows_takes_the_same_tensor_core_instruction(compiled):
         assert set(products) == expected, job
 
 
-@pytest.mark.parametrize("case", ["decode_block/project_in_1", "decode_block/project_out_1", "decode_head/head_1"])
-def test_one_row_compiles(case, monkeypatch):
-    """Triton makes a constant of an argument that is 1: a product by it is no tensor."""
-    monkeypatch.setattr(static_decode, "VARIANTS", ((1, 16),))
-    monkeypatch.setattr(triton.runtime.driver, "_active", None)  # what compiling for a GPU puts there goes afterwards
-    (kernel,) = compile_job(Job(case, 90, "bf16"))
-    assert kernel.numbers["B"] == 1
+def test_one_row_compiles(of_one_row):
+    """A product by a constant is no tensor."""
+    assert {kernel.numbers["B"] for kernel in of_one_row.values()} == {1}
 
 
 def test_products_and_sums_are_contracted_nowhere(compiled):

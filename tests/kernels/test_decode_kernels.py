@@ -14,7 +14,7 @@ from xiangxin_kernels import (
     decode_head,
     decode_head_ref,
 )
-from xiangxin_kernels.quantized import quantize
+from xiangxin_kernels.quantized import dequantize, quantize
 
 from tests.kernels.decode_inputs import (
     BLOCK_ROWS,
@@ -117,10 +117,38 @@ def test_quantized_head(bits, K):
     check_op(decode_head, decode_head_ref, quantized(inputs, bits, None, "head_w"), wrt=())
 
 
-def test_eight_bits_need_whole_words():
-    inputs = {"x": torch.ones(1, 30), "ln_w": torch.ones(30), "ln_b": torch.ones(30), "head_b": torch.ones(8)}
-    with pytest.raises(ValueError, match="decode_head: expected a multiple of 4 columns in head_w, got 30"):
-        decode_head(**inputs, head_w=quantize(torch.ones(8, 30), 8))
+@pytest.mark.parametrize("outlier", [1e3, 1e5, 1e30])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_weights_of_hostile_rows(bits, outlier):
+    """Numbers of x far above the others, on weights that are near 0: nothing but the codes themselves enters a sum."""
+    B, K, N = 3, 512, 40
+    x, w = torch.randn(B, K).bfloat16(), torch.randn(N, K) * 0.02
+    x[:, 7::64], w[:, 7::64] = outlier, 0
+    z, w_out = x, quantize(w, bits, None)
+    b_out, residual = torch.zeros(2, N).bfloat16(), torch.zeros(B, N).bfloat16()
+
+    def product(z, w_out, residual):
+        splits = -(-K // decode._split_k(K, N, *w_out))
+        out, partial = torch.empty_like(residual), torch.empty(splits, B, N)
+        counters = torch.zeros(N, dtype=torch.int32)
+        decode._decode_project_out(z, *w_out, b_out.to(z.dtype), residual, out, partial, counters)
+        return out
+
+    def reference(z, w_out, residual):
+        return residual + torch.nn.functional.linear(z, dequantize(w_out, z.dtype))
+
+    check_op(product, reference, {"z": z, "w_out": w_out, "residual": residual}, wrt=(), name="decode_project_out")
+
+
+def test_rows_that_are_not_aligned_are_brought_into_line():
+    """The layout of the loads, and with it the order of a row's sums, would depend on where a row begins."""
+    for C, wide, start in ((48, 48, 0), (48, 64, 0), (48, 64, 8), (48, 49, 0), (50, 50, 0)):
+        x = torch.randn(3, wide)[:, start : start + C] if wide >= start + C else torch.randn(3, C)
+        rows = decode._aligned_rows(x)
+        assert torch.equal(rows, x)
+        assert rows.stride(0) % 16 == rows.storage_offset() % 16 == 0
+        in_place = C == 48 and wide % 16 == start % 16 == 0
+        assert (rows.data_ptr() == x.data_ptr()) == in_place
 
 
 @pytest.fixture
@@ -350,3 +378,20 @@ class TestErrors:
         codes = codes._replace(scale=codes.scale[:, :1].contiguous())
         with pytest.raises(ValueError, match="decode_head: expected head_w in groups of 32, 64 or 128, got 256"):
             decode_head(torch.ones(2, 256), torch.ones(256), torch.ones(256), codes, torch.ones(131))
+
+    @pytest.mark.parametrize(
+        ("K", "change", "message"),
+        [
+            (30, {}, "expected head_w in whole words, got 30 columns of codes from byte 0 on"),
+            (32, {"scale": torch.ones(7).bfloat16()}, r"expected the scale of head_w \[8\], got \[7\]"),
+            (
+                32,
+                {"codes": torch.ones(257, dtype=torch.int8)[1:].view(8, 32)},
+                "in whole words, got 32 columns of .* byte 1",
+            ),
+        ],
+    )
+    def test_head_of_codes(self, K, change, message):
+        inputs = {"x": torch.ones(1, K), "ln_w": torch.ones(K), "ln_b": torch.ones(K), "head_b": torch.ones(8)}
+        with pytest.raises(ValueError, match=f"decode_head: .*{message}"):
+            decode_head(**inputs, head_w=quantize(torch.ones(8, K), 8)._replace(**change))
