@@ -165,6 +165,7 @@ MUTATIONS = [
         "return parts_of(second, COUNT // 2) + parts_of(first, COUNT // 2)",
         "quantized_weights",
     ),
+    _decode("rows that are not there", _GEMV, "+ columns, offs_b < B", "+ columns, offs_b < ROWS", "not_there"),
     _decode("one row's statistics for all", _GEMV, "        x_ptr += x_stride_b\n", "", "three_heads"),
     _cross_entropy("row offset in 32 bits", "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)"),
     _cross_entropy("one-hot left out", "dz - (1.0 - label_smoothing), dz) * dloss", "dz, dz) * dloss"),

@@ -4,6 +4,7 @@ import importlib
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from xiangxin_kernels import (
@@ -250,6 +251,28 @@ def test_a_damaged_row_spoils_no_other():
     assert spoilt[0][4].isnan().all()
     others = [0, 1, 2, 3, 5, 6, 7, 8]
     assert_same_bits([t[others] for t in spoilt], [t[others] for t in clean], what="beside a NaN")
+
+
+@pytest.mark.parametrize("rows", [3, 9])
+def test_rows_that_are_not_there_are_not_read(rows, monkeypatch):
+    """Of up to 8 or 32 rows of x that a program has room for; what follows the last may be another's memory."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    inputs = small_block(torch.bfloat16, rows)
+    buffer = torch.cat([inputs["x"], torch.full((32, 80), math.nan).bfloat16()])
+    inputs["x"], beyond = buffer[:rows], buffer[rows:]
+    read, load = [], InterpreterBuilder.create_masked_load
+
+    def create_masked_load(self, ptrs, mask, *options):
+        read.append(ptrs.data[mask.data].flatten())
+        return load(self, ptrs, mask, *options)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", create_masked_load)
+    decode_block(**inputs)
+    addresses = np.concatenate(read)
+    first, end = beyond.data_ptr(), beyond.data_ptr() + beyond.nbytes
+    assert ((addresses >= buffer.data_ptr()) & (addresses < first)).any(), "no load of x was seen at all"
+    assert not ((addresses >= first) & (addresses < end)).any()
 
 
 def test_slots():
