@@ -208,9 +208,11 @@ class TestNoise:
 
     @pytest.mark.gpu
     def test_is_the_same_on_a_gpu(self):
+        """But for two logarithms: libraries may round each 2 eps of its value apart, and the first moves the second."""
         keys, steps = torch.tensor([draw_key(0, (), i) for i in range(8)]), torch.arange(8)
+        apart = 4 * torch.finfo(torch.float64).eps
         torch.testing.assert_close(
-            gumbel(keys.cuda(), steps.cuda(), 5000).cpu(), gumbel(keys, steps, 5000), rtol=1e-12, atol=1e-12
+            gumbel(keys.cuda(), steps.cuda(), 5000).cpu(), gumbel(keys, steps, 5000), rtol=apart, atol=apart
         )
 
 

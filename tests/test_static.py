@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,28 @@ def test_candidates_and_fp16_compile(op):
     chosen = static.rows_of({job: rows for job, rows in results.items() if job.config is None})
     broken = [f"{budget.key(row)}: {text}" for row in chosen for text in budget.broken_limits(row)]
     assert not broken, "\n".join(["", *broken])
+
+
+def test_the_readme_s_decode_step_is_what_the_recorded_rows_add_up_to():
+    """32 layers and the head of one row; int4's LayerNorms are launches of their own."""
+    expected = {(row.case, row.arch): row.estimate_us for row in budget.load().values()}
+    readme = (ROOT / "kernels/README.md").read_text(encoding="utf-8")
+    steps = {}
+    for weights, suffix, norms in (("bf16", "", 0), ("int8", "_int8", 0), ("int4", "_int4", 33)):
+        for arch in _tuning.ARCHS:
+            parts = [
+                f"decode_block/project_in_8{suffix}",
+                f"decode_block/project_out_8{suffix}",
+                "decode_attention/step",
+            ]
+            layers = 32 * sum(expected[part, arch] for part in parts)
+            head, norm = expected[f"decode_head/head_8{suffix}", arch], expected["decode_block/norm", arch]
+            steps[weights, arch] = layers + head + norms * norm
+        found = re.search(rf"^\| {weights} \| (\d+) \| (\d+) \|(.*)\|$", readme, re.M)
+        assert [int(found[1]), int(found[2])] == [round(steps[weights, arch]) for arch in (80, 90)], weights
+        ratios = [float(ratio) for ratio in re.findall(r"([\d.]+)x", found[3])]
+        wanted = [steps["bf16", arch] / steps[weights, arch] for arch in (80, 90)] if suffix else []
+        assert ratios == pytest.approx(wanted, abs=0.05 if suffix == "_int4" else 0.005), weights
 
 
 @pytest.mark.slow

@@ -115,7 +115,9 @@ def test_queries_from_the_middle(q_start, T, S, packed, dtype, monkeypatch):
     op, ref = (partial(f, q_start=q_start) for f in (attention, attention_ref))
     check_op(op, ref, inputs, wrt=(), name="attention")
     exact = ref(**{name: x.double() if name in QKV else x for name, x in inputs.items()})
-    assert torch.allclose(exact, whole[:, q_start : q_start + T], rtol=0, atol=1e-12)
+    # Sums of D and of S terms, each in an order of its own.
+    rounding = torch.finfo(torch.float64).eps * (inputs["q"].shape[-1] + S) * whole.abs().max().item()
+    assert torch.allclose(exact, whole[:, q_start : q_start + T], rtol=0, atol=rounding)
 
 
 def same_delta_ref(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor) -> list[Tensor]:
