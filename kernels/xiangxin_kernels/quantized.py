@@ -19,7 +19,8 @@ from torch import Tensor
 from ._host import check
 
 GROUPS = (128, 64, 32)
-CHUNK = 1 << 23  # numbers widened at once
+# Numbers widened at once: 64 MiB of fp32. Below 32 malloc may keep what is freed, gigabytes over a model.
+CHUNK = 1 << 24
 
 
 class QuantizedWeight(NamedTuple):
@@ -84,8 +85,13 @@ def quantize(weight: Tensor, bits: int, group: int | None = None) -> QuantizedWe
     check(bits == 4 or group is None, f"quantize: expected no group with 8 bits, got {group}")
     N, K = weight.shape
     if N > (rows := max(1, CHUNK // max(K, 1))):
-        parts = zip(*(quantize(part, bits, group) for part in weight.split(rows)), strict=True)
-        return QuantizedWeight(*map(torch.cat, parts))
+        # Room for the whole comes first: parts that are held and joined leave holes that an allocator keeps.
+        parts = (quantize(part, bits, group) for part in weight.split(rows))
+        whole = QuantizedWeight(*(part.new_empty(N, *part.shape[1:]) for part in quantize(weight[:1], bits, group)))
+        for start, part in zip(range(0, N, rows), parts, strict=True):
+            for out, values in zip(whole, part, strict=True):
+                out[start : start + rows] = values
+        return whole
     wide = weight.float()
     if bits == 8:
         scale = (wide.abs().amax(1) / 127).bfloat16()
